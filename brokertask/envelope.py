@@ -1,0 +1,400 @@
+"""What is on the wire for one message of a run: reading, limits, writing. Pure.
+
+    body     payload bytes, verbatim from the trigger | memory (msgpack map), from `bt-memory` on
+    headers  AMQP properties + `bt-*`; see docs/concepts/wire-format.md, which this module implements
+
+A bare `msgpack(payload)` with no header at all is a valid trigger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
+from typing import Any, Final, TypeAlias, cast
+
+import msgpack
+from pydantic import SecretBytes, SecretStr
+from pydantic_core import to_jsonable_python
+
+from brokertask.errors import EnvelopeError, InvalidPayload, PayloadTooLarge
+from brokertask.outcome import AttemptError
+
+VERSION: Final = 1
+MSGPACK: Final = "application/msgpack"
+JSON: Final = "application/json"
+MAX_DEPTH: Final = 64
+MAX_COLLECTION: Final = 100_000
+MAX_HEADERS_BYTES: Final = 16_384
+"""A header must fit one frame; an oversized one closes the connection and all in flight on it."""
+MAX_TEXT: Final = 2_000
+MAX_TRACEBACK: Final = 8_000
+KEPT_ERRORS: Final = 20
+
+HeaderValue: TypeAlias = object
+Headers: TypeAlias = Mapping[str, HeaderValue]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """An AMQP message as brokertask sees it, in both directions; instants are ms since the epoch."""
+
+    body: bytes
+    message_id: str | None = None
+    type: str | None = None
+    content_type: str | None = None
+    content_encoding: str | None = None
+    app_id: str | None = None
+    reply_to: str | None = None
+    correlation_id: str | None = None
+    timestamp_ms: int | None = None
+    headers: Headers = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a run carries from one delivery to the next: the errors of its earlier attempts."""
+
+    errors: tuple[AttemptError, ...] = ()
+
+    def with_error(self, error: AttemptError) -> Memory:
+        """Return this memory with one more error, the oldest but the first dropped beyond 20."""
+        errors = (*self.errors, error)
+        if len(errors) > KEPT_ERRORS:
+            errors = (errors[0], *errors[-(KEPT_ERRORS - 1) :])
+        return Memory(errors)
+
+    def pack(self) -> bytes:
+        """Return it as msgpack; empty bytes when there is nothing to remember."""
+        return encode({"errors": [asdict(error) for error in self.errors]}) if self.errors else b""
+
+    @staticmethod
+    def unpack(data: bytes) -> Memory:
+        """Read what `pack` wrote; unknown fields, from a newer minor version, are ignored."""
+        if not data:
+            return Memory()
+        known = {f.name for f in fields(AttemptError)}
+        try:
+            raw = decode(data, MSGPACK)
+            errors = tuple(
+                AttemptError(**{k: v for k, v in error.items() if k in known})
+                for error in raw["errors"]
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise EnvelopeError(
+                f"the run's memory is damaged: {error!r}", reason="undecodable"
+            ) from None
+        return Memory(errors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope:
+    """One message of a run, understood. Instants are ms since the epoch, delays are ms."""
+
+    run_id: str
+    task: str
+    payload: bytes
+    content_type: str = MSGPACK
+    attempt: int = 1
+    """The attempt this message asks for, 1-based, before deliveries that were lost."""
+    seq: int = 0
+    """The message's place in the run, 0 for the trigger: the fence against stale copies."""
+    memory: Memory = Memory()
+    triggered_ms: int | None = None
+    sent_ms: int | None = None
+    due_ms: int | None = None
+    left_ms: int = 0
+    """What is left to wait when this message arrives; see `topology.Topology.delay`."""
+    expires_ms: int | None = None
+    tags: tuple[str, ...] = ()
+    parent: str | None = None
+    root: str | None = None
+    reply_to: str | None = None
+    app_id: str | None = None
+    id_derived: bool = False
+    """The publisher gave no id: two identical messages share one, so they are never merged."""
+    previous: str | None = None
+    """The traceparent of the attempt before, for the link between their spans."""
+    origin: str | None = None
+    """After a redrive: the traceparent of the trigger that the run began with."""
+    redrives: int = 0
+    trace: Mapping[str, str] = field(default_factory=dict)
+    """traceparent, tracestate and baggage of the creation context; the same for the whole run."""
+
+    def message(self) -> Message:
+        """Return it as the message to publish."""
+        memory = self.memory.pack()
+        headers: dict[str, HeaderValue] = {"bt-version": VERSION, **self.trace}
+        for name, value in (
+            ("bt-attempt", self.attempt if self.attempt > 1 else None),
+            ("bt-seq", self.seq or None),
+            ("bt-memory", len(self.payload) if memory else None),
+            ("bt-triggered", self.triggered_ms),
+            ("bt-sent", self.sent_ms),
+            ("bt-due", self.due_ms),
+            ("bt-left", self.left_ms or None),
+            ("bt-expires", self.expires_ms),
+            ("bt-tags", list(self.tags) or None),
+            ("bt-parent", self.parent),
+            ("bt-root", self.root),
+            ("bt-derived", self.id_derived or None),
+            ("bt-previous", self.previous),
+            ("bt-origin", self.origin),
+            ("bt-redrives", self.redrives or None),
+        ):
+            if value is not None:
+                headers[name] = value
+        check_headers(headers)
+        return Message(
+            body=self.payload + memory,
+            message_id=self.run_id,
+            type=self.task,
+            content_type=self.content_type,
+            app_id=self.app_id,
+            reply_to=self.reply_to,
+            timestamp_ms=self.triggered_ms,
+            headers=headers,
+        )
+
+    @staticmethod
+    def read(message: Message, *, task: str, max_bytes: int) -> Envelope:
+        """Return the envelope in `message`, delivered from the queue of `task`.
+
+        Only the headers are understood here; the payload stays bytes until the run is to start.
+        `max_bytes` bounds the payload and, once more, the memory.
+
+        Raises:
+            EnvelopeError: It can't be a run; its `reason` is the dead-letter reason.
+        """
+        headers = _Headers(message.headers)
+        version = headers.integer("bt-version", VERSION)
+        if version > VERSION or version < 1:
+            raise EnvelopeError(
+                f"written in wire format {version}, this worker reads {VERSION}: update the worker",
+                reason="unsupported_version",
+            )
+        size = headers.integer("bt-memory", len(message.body))
+        if size > len(message.body):
+            raise EnvelopeError(
+                f"bt-memory points to byte {size} of {len(message.body)}", reason="undecodable"
+            )
+        largest = max(size, len(message.body) - size)
+        if largest > max_bytes:
+            raise EnvelopeError(
+                f"{largest} bytes, the limit is {max_bytes} (max_payload_bytes)", reason="too_large"
+            )
+        return Envelope(
+            run_id=(message.message_id or derived_id(message, task))[:128],
+            task=task,
+            payload=message.body[:size],
+            content_type=message.content_type or MSGPACK,
+            attempt=max(1, headers.integer("bt-attempt", 1)),
+            seq=headers.integer("bt-seq", 0),
+            memory=Memory.unpack(message.body[size:]),
+            triggered_ms=headers.optional_integer("bt-triggered") or message.timestamp_ms,
+            sent_ms=headers.optional_integer("bt-sent"),
+            due_ms=headers.optional_integer("bt-due"),
+            left_ms=headers.integer("bt-left", 0),
+            expires_ms=headers.optional_integer("bt-expires"),
+            tags=headers.texts("bt-tags"),
+            parent=headers.text("bt-parent"),
+            root=headers.text("bt-root"),
+            reply_to=message.reply_to,
+            app_id=message.app_id,
+            id_derived=not message.message_id or bool(headers.integer("bt-derived", 0)),
+            previous=headers.text("bt-previous"),
+            origin=headers.text("bt-origin"),
+            redrives=headers.integer("bt-redrives", 0),
+            trace={
+                name: value
+                for name in ("traceparent", "tracestate", "baggage")
+                if (value := headers.text(name)) is not None
+            },
+        )
+
+    def value(self) -> object:
+        """Decode the payload.
+
+        Raises:
+            EnvelopeError: It is not what its content type says, or too deep.
+        """
+        return decode(self.payload, self.content_type)
+
+    def again(self, *, attempt: int, now_ms: int, memory: Memory | None = None) -> Envelope:
+        """Return the message that follows this one in the run."""
+        return replace(
+            self,
+            attempt=attempt,
+            seq=self.seq + 1,
+            memory=self.memory if memory is None else memory,
+            sent_ms=now_ms,
+            due_ms=None,
+            left_ms=0,
+        )
+
+    def redriven(self, *, trace: Mapping[str, str], now_ms: int) -> Envelope:
+        """Return a clean start of a dead run: first attempt, no memory, a link to what it was."""
+        return replace(
+            self.again(attempt=1, now_ms=now_ms, memory=Memory()),
+            trace=trace,
+            previous=None,
+            origin=self.trace.get("traceparent"),
+            redrives=self.redrives + 1,
+            expires_ms=None,
+        )
+
+
+def check_headers(headers: Headers) -> None:
+    """Raise `PayloadTooLarge` unless the headers fit in one frame, with room to spare."""
+    size = sum(len(name) + len(str(value).encode()) + 8 for name, value in headers.items())
+    if size > MAX_HEADERS_BYTES:
+        raise PayloadTooLarge(
+            f"the headers of the message are {size} bytes, the limit is {MAX_HEADERS_BYTES}: "
+            "use fewer or shorter tags, and less baggage"
+        )
+
+
+def clip(text: str, limit: int = MAX_TEXT) -> str:
+    """Return `text` cut in its middle to at most `limit` characters."""
+    if len(text) <= limit:
+        return text
+    half = (limit - 3) // 2
+    return f"{text[:half]}...{text[-half:]}"
+
+
+def encode(value: object) -> bytes:
+    """Return a value as msgpack. Types msgpack has not become what pydantic writes them as in JSON.
+
+    Aware datetimes are msgpack timestamps; UUID, Decimal, Path, Enum, … are text or numbers.
+
+    Raises:
+        InvalidPayload: Something in it has no form on the wire.
+    """
+    try:
+        return cast("bytes", msgpack.packb(value, default=_simpler, datetime=True))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InvalidPayload(f"cannot be written as msgpack: {error}") from error
+
+
+def decode(body: bytes, content_type: str) -> Any:
+    """Return the value in `body`: one msgpack or JSON value, bounded in depth and lengths.
+
+    Cost: about 1 µs for a small payload. The caller bounds the size.
+
+    Raises:
+        EnvelopeError: reason `undecodable` or `too_deep`.
+    """
+    kind = content_type.partition(";")[0].strip().lower()
+    try:
+        if kind in (MSGPACK, "application/x-msgpack", "application/vnd.msgpack"):
+            value = msgpack.unpackb(
+                body,
+                timestamp=3,
+                strict_map_key=False,
+                ext_hook=_refuse_extension,
+                max_array_len=MAX_COLLECTION,
+                max_map_len=MAX_COLLECTION,
+            )
+        elif kind == JSON:
+            value = json.loads(body, parse_constant=_refuse_constant)
+        else:
+            raise EnvelopeError(
+                f"content type {clip(kind, 80)!r}; send {MSGPACK} or {JSON}", reason="undecodable"
+            )
+    except (msgpack.StackError, RecursionError):
+        raise EnvelopeError(f"nested deeper than {MAX_DEPTH}", reason="too_deep") from None
+    except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
+        raise EnvelopeError(
+            f"not {kind}: {clip(f'{type(error).__name__}: {error}', 200)}", reason="undecodable"
+        ) from None
+    if _may_be_deep(body) and _deeper_than(value, MAX_DEPTH):
+        raise EnvelopeError(f"nested deeper than {MAX_DEPTH}", reason="too_deep")
+    return value
+
+
+# Each level of nesting takes at least one of these bytes: fixmap, fixarray, array 16/32, map 16/32
+# in msgpack, and an opening bracket in JSON. Fewer of them than the limit can't be too deep.
+_NOT_CONTAINERS: Final = bytes(set(range(256)) - {*range(0x80, 0xA0), *range(0xDC, 0xE0), *b"[{"})
+
+
+def _may_be_deep(body: bytes) -> bool:
+    return len(body) > MAX_DEPTH and len(body.translate(None, _NOT_CONTAINERS)) > MAX_DEPTH
+
+
+def _deeper_than(value: object, limit: int) -> bool:
+    level: list[object] = [value]
+    for _ in range(limit + 1):
+        inner: list[object] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner.extend(v for v in item.values() if isinstance(v, dict | list))
+            elif isinstance(item, list):
+                inner.extend(v for v in item if isinstance(v, dict | list))
+        if not inner:
+            return False
+        level = inner
+    return True
+
+
+def _simpler(value: object) -> object:
+    if isinstance(value, SecretStr | SecretBytes):
+        raise InvalidPayload(
+            "a pydantic Secret would be sent as asterisks; send a reference to the secret instead"
+        )
+    if isinstance(value, datetime):
+        raise InvalidPayload("a datetime without a time zone; use datetime.now(UTC) or similar")
+    try:
+        return to_jsonable_python(value)
+    except ValueError as error:
+        raise TypeError(str(error)) from None
+
+
+def _refuse_extension(code: int, data: bytes) -> object:
+    raise ValueError(f"msgpack extension type {code} of {len(data)} bytes has no meaning here")
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is not JSON")
+
+
+def derived_id(message: Message, task: str) -> str:
+    """Return an id for a message that came without: the same for each of its redeliveries."""
+    seen = repr((task, message.timestamp_ms, message.app_id, message.correlation_id)).encode()
+    digest = hashlib.sha256(seen + message.body).digest()
+    return str(uuid.UUID(bytes=digest[:16], version=5))
+
+
+class _Headers:
+    """Header values by type; a foreign client's nonsense is an `EnvelopeError`, not a crash."""
+
+    def __init__(self, headers: Headers) -> None:
+        self.headers = headers
+
+    def optional_integer(self, name: str) -> int | None:
+        value = self.headers.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, int) or value < 0:
+            raise EnvelopeError(f"header {name} is not a whole number", reason="undecodable")
+        return int(value)
+
+    def integer(self, name: str, default: int) -> int:
+        value = self.optional_integer(name)
+        return default if value is None else value
+
+    def text(self, name: str) -> str | None:
+        value = self.headers.get(name)
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "replace")
+        # A foreign header must never make our own, which copies it, too large for a frame.
+        longest = {"baggage": 4_096, "tracestate": 512}.get(name, 128)
+        return value if isinstance(value, str) and len(value.encode()) <= longest else None
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        value = self.headers.get(name)
+        if not isinstance(value, list | tuple):
+            return ()
+        return tuple(clip(str(item), 128) for item in value[:32])

@@ -1,0 +1,86 @@
+"""Settings: the one reader of the environment. Each field is `BROKERTASK_` + its name in capitals."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Final
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from brokertask.durations import seconds
+from brokertask.topology import Names
+
+DEFAULT_URL: Final = "amqp://guest:guest@127.0.0.1:5672/"
+DEV_SOCKET: Final = Path(".brokertask/dev.sock")
+"""Where `brokertask dev` listens, below the folder it was started in."""
+_SCHEMES: Final = ("amqp:", "amqps:", "memory:", "unix:")
+
+
+def _known_scheme(url: str | None) -> str | None:
+    if url is not None and not url.startswith(_SCHEMES):
+        raise ValueError(f"begins with {', '.join(_SCHEMES)} or is not set, not {mask(url)!r}")
+    return url
+
+
+def mask(url: str) -> str:
+    """Return a URL without its password, for logs and errors."""
+    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url)
+
+
+Seconds = Annotated[float, BeforeValidator(lambda value: seconds(_number(value)))]
+
+
+def _number(value: object) -> float | str:
+    """Read "2.5" from the environment as the number it is, and leave "1h" to `seconds`."""
+    try:
+        return float(str(value))
+    except ValueError:
+        return str(value)
+
+
+class Settings(BaseSettings):
+    """Everything a deployment may set. Arguments given in code win over the environment."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="BROKERTASK_", extra="forbid", frozen=True, env_ignore_empty=True
+    )
+
+    amqp_url: Annotated[str | None, AfterValidator(_known_scheme)] = None
+    """The broker: `amqp(s)://user:password@host:port/vhost`, or the embedded one: `memory:` in
+    this process, `unix:PATH` of a running `brokertask dev`. Unset: a `brokertask dev` started in
+    this folder if there is one, else RabbitMQ on 127.0.0.1:5672."""
+    namespace: str = "bt"
+    """The prefix of every exchange and queue: several applications can share a broker."""
+    declare: bool = True
+    """Declare the topology when a worker or client starts. Production: false, and
+    `brokertask topology apply` at deployment, so that services need no configure right."""
+    heartbeat: int = Field(default=30, ge=2, le=600)
+    """Seconds between AMQP heartbeats; a dead peer is noticed after about three."""
+    connect_timeout: Seconds = 10.0
+    """How long a caller waits for a connection before `BrokerUnavailable`."""
+    publish_timeout: Seconds = 30.0
+    """How long a publish may take before `PublishUnknown` or `BrokerBlocked`."""
+    max_payload_bytes: int = Field(default=1_048_576, ge=1_024, le=16_777_216)
+    """The largest payload or result, in msgpack; 16 MiB is RabbitMQ's own limit."""
+    grace: Seconds = 60.0
+    """How long a worker told to stop lets its runs finish before it hands them back."""
+    results: bool = True
+    """Listen for results, so that `Run.result()` works. False for services that only trigger
+    and whose broker user may not declare a reply queue."""
+    consumer_timeout: Seconds = 1_800.0
+    """The broker's consumer timeout as configured there, for `topology check` to compare."""
+    thread_limit: int = Field(default=40, ge=1, le=1_000)
+    """Threads a worker process uses for tasks that are sync functions, all tasks together."""
+
+    @property
+    def names(self) -> Names:
+        """The names below the namespace."""
+        return Names(self.namespace)
+
+    def broker_url(self) -> str:
+        """Return the URL of the broker to use, by the rule of `amqp_url`."""
+        if self.amqp_url is not None:
+            return self.amqp_url
+        return f"unix:{DEV_SOCKET}" if DEV_SOCKET.is_socket() else DEFAULT_URL
