@@ -1,0 +1,176 @@
+"""The port: what brokertask asks of a broker. Every adapter passes `tests/contract`.
+
+Adapters translate foreign errors into `brokertask.errors`; nothing else of theirs gets out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeAlias, runtime_checkable
+
+from brokertask.envelope import Headers, HeaderValue, Message
+from brokertask.topology import Binding, Exchange, Queue, Route, Topology
+
+BROKER_HEADERS: Final = frozenset(
+    {"CC", "BCC", "x-death", "x-delivery-count", "x-acquired-count"}
+    | {
+        f"x-{which}-death-{part}"
+        for which in ("first", "last")
+        for part in ("queue", "reason", "exchange")
+    }
+)
+"""What a broker writes or obeys in headers. A copy of an earlier message's would mislead it."""
+
+
+def own_headers(headers: Headers) -> dict[str, HeaderValue]:
+    """Return a copy of the headers that are a publisher's to set; every transport sends these."""
+    return {name: value for name, value in headers.items() if name not in BROKER_HEADERS}
+
+
+class Delivery(Protocol):
+    """A received message and the right to settle it once."""
+
+    @property
+    def message(self) -> Message:
+        """What came. Its headers hold what the broker added: `x-death`, `x-delivery-count`."""
+        ...
+
+    @property
+    def queue(self) -> str:
+        """The queue it came from."""
+        ...
+
+    @property
+    def redelivered(self) -> bool:
+        """It was delivered before, perhaps to somebody else."""
+        ...
+
+    @property
+    def lost(self) -> int:
+        """How many earlier deliveries of this message ended unsettled: crashed, cut or nacked."""
+        ...
+
+    @property
+    def live(self) -> bool:
+        """It can still be settled. False once settled, or when the broker took it back."""
+        ...
+
+    async def ack(self) -> None:
+        """Settle it: the broker forgets it. Does nothing when no longer live."""
+        ...
+
+    async def requeue(self) -> None:
+        """Give it back to its queue, counted as one more lost delivery on brokers before 4.3."""
+        ...
+
+
+Receive: TypeAlias = Callable[[Delivery], None]
+"""Called in the event loop for each delivery. Must return at once and must not raise."""
+
+
+class Consumer(Protocol):
+    """A subscription to one queue. Survives reconnects; each reconnect delivers anew."""
+
+    async def stop(self) -> None:
+        """Take no more deliveries. Those that were delivered stay live and can be settled."""
+        ...
+
+    async def close(self) -> None:
+        """Stop, and give back to the queue what is not settled."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """What a queue holds and who reads it, at one moment."""
+
+    ready: int
+    consumers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How an object on the broker differs from the code: `state` is missing or different."""
+
+    item: Exchange | Queue
+    missing: bool
+    detail: str = ""
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """One process's access to a broker: a connection for publishing, another for consuming."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether every connection in use, and every consumer, is up at this moment."""
+        ...
+
+    async def open(self, *, timeout: float) -> None:
+        """Connect. Afterwards the transport reconnects by itself, with backoff, until closed.
+
+        Raises:
+            BrokerUnavailable: No connection within `timeout` seconds.
+            AccessDenied: The broker refused the user or the virtual host.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Give back what is unsettled, and disconnect. Safe to call twice."""
+        ...
+
+    async def publish(
+        self, route: Route, message: Message, *, timeout: float, mandatory: bool = True
+    ) -> None:
+        """Return once the broker has `message` on its disk, in every queue it is routed to.
+
+        Messages published by one task arrive in order. Concurrent calls share round trips.
+
+        Raises:
+            Unroutable: `mandatory`, and no queue is bound for the route.
+            QueueFull: A queue refused it, for its length or for want of resources.
+            BrokerBlocked: An alarm is on. `unknown` is set when the alarm came after sending.
+            BrokerUnavailable: There was no connection within `timeout`; nothing was sent.
+            PublishUnknown: It was sent and no answer came within `timeout`.
+            AccessDenied: This user may not write there.
+        """
+        ...
+
+    async def consume(self, queue: str, receive: Receive, *, prefetch: int) -> Consumer:
+        """Deliver messages of `queue` to `receive`, at most `prefetch` unsettled at a time.
+
+        Raises:
+            ConfigurationError: There is no such queue, or this user may not read it.
+        """
+        ...
+
+    async def declare(self, topology: Topology) -> None:
+        """Make everything of `topology` that is missing.
+
+        Raises:
+            TopologyMismatch: Something exists with other immutable arguments; the rest is made.
+            AccessDenied: This user may not configure it.
+        """
+        ...
+
+    async def compare(self, topology: Topology) -> list[Difference]:
+        """Return what on the broker is missing or different; changes nothing."""
+        ...
+
+    async def depth(self, queue: str) -> Depth | None:
+        """Return what `queue` holds, or None if it does not exist."""
+        ...
+
+    async def listen(
+        self, queue: Queue, bindings: tuple[Binding, ...], receive: Callable[[Message], None]
+    ) -> Consumer:
+        """Deliver to `receive` what `bindings` route, over a queue of this process's own.
+
+        Messages are settled on receipt. The queue is remade after a reconnect if it is gone, and
+        deleted by `close`.
+
+        Raises:
+            AccessDenied: This user may not declare, bind or read it.
+        """
+        ...

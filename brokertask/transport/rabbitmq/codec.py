@@ -1,0 +1,60 @@
+"""`Message` to and from AMQP 0-9-1 properties and headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from aiormq.abc import DeliveredMessage
+from pamqp.commands import Basic
+
+from brokertask.envelope import Message
+from brokertask.topology import Route
+
+PERSISTENT: Final = 2
+
+
+def properties_of(message: Message, route: Route) -> Basic.Properties:
+    """Return the AMQP properties to publish `message` with."""
+    headers: dict[str, Any] = dict(message.headers)
+    if route.also:
+        headers["CC"] = list(route.also)
+    at = message.timestamp_ms
+    return Basic.Properties(
+        delivery_mode=PERSISTENT,
+        content_type=message.content_type,
+        content_encoding=message.content_encoding,
+        message_id=message.message_id,
+        message_type=message.type,
+        app_id=message.app_id,
+        reply_to=message.reply_to,
+        correlation_id=message.correlation_id,
+        timestamp=None if at is None else datetime.fromtimestamp(at // 1000, UTC),
+        headers=headers or None,
+    )
+
+
+def message_of(delivered: DeliveredMessage) -> Message:
+    """Return what was delivered, whoever wrote it."""
+    properties = delivered.header.properties
+    headers: Mapping[str, Any] = properties.headers or {}
+    at = properties.timestamp
+    return Message(
+        body=delivered.body,
+        message_id=properties.message_id,
+        type=properties.message_type,
+        content_type=properties.content_type,
+        content_encoding=properties.content_encoding,
+        app_id=properties.app_id,
+        reply_to=properties.reply_to,
+        correlation_id=properties.correlation_id,
+        timestamp_ms=None if at is None else round(at.timestamp() * 1000),
+        headers={name: value for name, value in headers.items() if name != "CC"},
+    )
+
+
+def lost_deliveries(delivered: DeliveredMessage) -> int:
+    """Return how often a quorum queue delivered this before in vain."""
+    count = (delivered.header.properties.headers or {}).get("x-delivery-count", 0)
+    return count if isinstance(count, int) else 0

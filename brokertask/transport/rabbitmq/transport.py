@@ -1,0 +1,167 @@
+"""`RabbitTransport`: the port of `transport.base` on two links to one broker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from aiormq.abc import AbstractChannel
+from aiormq.exceptions import AMQPError
+
+from brokertask.envelope import Message
+from brokertask.topology import Binding, Queue, Route, Topology
+from brokertask.transport.base import Consumer, Depth, Difference, Receive
+from brokertask.transport.rabbitmq.consumer import (
+    RPC_TIMEOUT,
+    RabbitConsumer,
+    to_deliveries,
+    to_messages,
+)
+from brokertask.transport.rabbitmq.declarer import Declarer, declare_one
+from brokertask.transport.rabbitmq.link import Link
+from brokertask.transport.rabbitmq.publisher import Publisher
+
+CONNECT_TIMEOUT: Final = 30.0
+
+
+class RabbitTransport:
+    """A process's access to a RabbitMQ: see `transport.base.Transport` for what each call does.
+
+    An alarm on the broker blocks the connection that publishes; consuming and acking go on over
+    the other. Connections are made when first needed: a publisher has one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        heartbeat: int = 30,
+        name: str = "brokertask",
+        reconnected: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._publishing = Link(
+            url, heartbeat=heartbeat, name=f"{name} publish", reconnected=reconnected
+        )
+        self._consuming = Link(
+            url, heartbeat=heartbeat, name=f"{name} consume", reconnected=reconnected
+        )
+        self._publisher = Publisher(self._publishing)
+        self._declarer = Declarer(self._publishing)
+        self._consumers: list[RabbitConsumer] = []
+        self._declared: Topology | None = None
+        self._restoring = asyncio.Lock()
+
+    @property
+    def connected(self) -> bool:
+        """Whether links and consumers are up at this moment."""
+        return (
+            self._publishing.up
+            and self._consuming.up
+            and all(consumer.up for consumer in self._consumers)
+        )
+
+    async def open(self, *, timeout: float) -> None:
+        """Connect for publishing."""
+        await self._publishing.connection(timeout=timeout)
+
+    async def close(self) -> None:
+        """Give back what is unsettled, and disconnect."""
+        consumers, self._consumers = self._consumers, []
+        await asyncio.gather(*(consumer.close() for consumer in consumers))
+        await self._publisher.close()
+        await asyncio.gather(self._publishing.close(), self._consuming.close())
+
+    async def publish(
+        self, route: Route, message: Message, *, timeout: float, mandatory: bool = True
+    ) -> None:
+        """Publish persistently and return when the broker confirms it."""
+        await self._publisher.publish(route, message, timeout=timeout, mandatory=mandatory)
+
+    async def consume(self, queue: str, receive: Receive, *, prefetch: int) -> Consumer:
+        """Deliver messages of `queue` to `receive`."""
+        consumer = RabbitConsumer(
+            self._consuming,
+            queue,
+            to_deliveries(queue, receive),
+            prefetch=prefetch,
+            restore=self._restore,
+        )
+        await consumer.start(timeout=CONNECT_TIMEOUT)
+        self._consumers.append(consumer)
+        return consumer
+
+    async def listen(
+        self, queue: Queue, bindings: tuple[Binding, ...], receive: Callable[[Message], None]
+    ) -> Consumer:
+        """Deliver what `bindings` route, over a queue of this process's own."""
+
+        async def prepare(channel: AbstractChannel) -> None:
+            await declare_one(channel, queue)
+            for binding in bindings:
+                await channel.queue_bind(
+                    binding.queue, binding.exchange, binding.key, timeout=RPC_TIMEOUT
+                )
+
+        consumer = RabbitConsumer(
+            self._consuming,
+            queue.name,
+            to_messages(receive),
+            prefetch=0,
+            no_ack=True,
+            prepare=prepare,
+        )
+        await consumer.start(timeout=CONNECT_TIMEOUT)
+        listener = _Listener(self, consumer, queue.name)
+        self._consumers.append(consumer)
+        return listener
+
+    async def declare(self, topology: Topology) -> None:
+        """Make everything of `topology` that is missing; remembered for when a queue is deleted."""
+        await self._declarer.declare(topology, timeout=CONNECT_TIMEOUT)
+        self._declared = topology
+
+    async def compare(self, topology: Topology) -> list[Difference]:
+        """Return what on the broker is missing or different."""
+        return await self._declarer.compare(topology, timeout=CONNECT_TIMEOUT)
+
+    async def depth(self, queue: str) -> Depth | None:
+        """Return what `queue` holds, by a passive declare."""
+
+        async def ask(channel: AbstractChannel) -> Depth:
+            answer = await channel.queue_declare(queue, passive=True, timeout=RPC_TIMEOUT)
+            return Depth(ready=answer.message_count or 0, consumers=answer.consumer_count or 0)
+
+        return await self._declarer.ask(ask, timeout=CONNECT_TIMEOUT)
+
+    async def delete(self, queue: str) -> None:
+        """Delete a queue; only for those a process made for itself."""
+
+        async def ask(channel: AbstractChannel) -> None:
+            await channel.queue_delete(queue, timeout=RPC_TIMEOUT)
+
+        await self._declarer.ask(ask, timeout=CONNECT_TIMEOUT)
+
+    async def _restore(self) -> None:
+        """Make again what somebody deleted under us, if it was ours to make."""
+        async with self._restoring:
+            if self._declared is not None:
+                await self._declarer.declare(self._declared, timeout=CONNECT_TIMEOUT)
+
+
+class _Listener:
+    """A consumer whose queue goes with it."""
+
+    def __init__(self, transport: RabbitTransport, consumer: RabbitConsumer, queue: str) -> None:
+        self._transport = transport
+        self._consumer = consumer
+        self._queue = queue
+
+    async def stop(self) -> None:
+        await self._consumer.stop()
+
+    async def close(self) -> None:
+        await self._consumer.close()
+        with suppress(AMQPError):
+            await self._transport.delete(self._queue)
