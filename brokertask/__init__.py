@@ -1,0 +1,80 @@
+"""Durable background tasks for Python on RabbitMQ.
+
+A task is a typed async function, a trigger one confirmed message; a run is retried, delayed,
+dead-lettered and traced by way of the broker alone. `App` is where to begin.
+"""
+
+from brokertask.app import App
+from brokertask.client import Client, Run
+from brokertask.context import Context
+from brokertask.errors import (
+    Abort,
+    AccessDenied,
+    BatchError,
+    BrokerBlocked,
+    BrokertaskError,
+    BrokerUnavailable,
+    ConfigurationError,
+    DuplicateTask,
+    EnvelopeError,
+    InvalidOption,
+    InvalidPayload,
+    PayloadError,
+    PayloadTooLarge,
+    PublishError,
+    PublishUnknown,
+    QueueFull,
+    ResultTimeout,
+    ResultUnavailable,
+    RetryAfter,
+    RunError,
+    RunExpired,
+    RunFailed,
+    TopologyMismatch,
+    Unroutable,
+    UnsupportedType,
+)
+from brokertask.retry import Retry
+from brokertask.settings import Settings
+from brokertask.task import CallNext, Task
+from brokertask.topology import QueueOptions as Queue
+from brokertask.worker import Worker
+
+__version__ = "0.1.0"
+__all__ = [
+    "Abort",
+    "AccessDenied",
+    "App",
+    "BatchError",
+    "BrokerBlocked",
+    "BrokerUnavailable",
+    "BrokertaskError",
+    "CallNext",
+    "Client",
+    "ConfigurationError",
+    "Context",
+    "DuplicateTask",
+    "EnvelopeError",
+    "InvalidOption",
+    "InvalidPayload",
+    "PayloadError",
+    "PayloadTooLarge",
+    "PublishError",
+    "PublishUnknown",
+    "Queue",
+    "QueueFull",
+    "ResultTimeout",
+    "ResultUnavailable",
+    "Retry",
+    "RetryAfter",
+    "Run",
+    "RunError",
+    "RunExpired",
+    "RunFailed",
+    "Settings",
+    "Task",
+    "TopologyMismatch",
+    "Unroutable",
+    "UnsupportedType",
+    "Worker",
+]

@@ -1,0 +1,233 @@
+"""One execution of a run in this worker: the task's code, supervised, and what it came to.
+
+The code runs in an asyncio task of its own, so that nothing of ours is cancelled with it, and so
+that a lost connection takes the lease on the message, not the work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any, Final, TypeAlias
+
+import anyio
+from pydantic import ValidationError
+
+from brokertask.client import RunningIn, running_in
+from brokertask.clock import Clock
+from brokertask.context import Context
+from brokertask.envelope import MAX_TRACEBACK, Envelope, clip, encode
+from brokertask.errors import EnvelopeError, InvalidPayload, Reason
+from brokertask.outcome import (
+    AttemptError,
+    Failed,
+    Interrupted,
+    Outcome,
+    Retrying,
+    Succeeded,
+)
+from brokertask.task import CallNext, Middleware, Task, explain
+from brokertask.telemetry import AttemptSpan
+from brokertask.transport.base import Delivery
+
+log = logging.getLogger("brokertask.worker")
+
+CANCEL_GRACE: Final = 5.0
+"""How long a cancelled task may clean up before it is left behind."""
+HOOK_TIMEOUT: Final = 30.0
+Key: TypeAlias = tuple[str, str, int]
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One execution, and the deliveries that its outcome settles.
+
+    There is one delivery, unless the connection was lost meanwhile or the message was doubled.
+    """
+
+    task: Task[Any, Any]
+    envelope: Envelope
+    deliveries: list[Delivery] = field(default_factory=list)
+    unread: EnvelopeError | None = None
+    """Why the message is no run at all."""
+    user: asyncio.Task[Outcome] | None = None
+    context: Context | None = None
+    traceparent: str | None = None
+    interrupted: bool = False
+
+    @property
+    def key(self) -> Key:
+        """What a second delivery of the same message has in common with the first."""
+        return self.task.id, self.envelope.run_id, self.envelope.seq
+
+    @property
+    def live(self) -> bool:
+        """Whether there is a delivery that can still be settled."""
+        return any(delivery.live for delivery in self.deliveries)
+
+    def interrupt(self) -> None:
+        """Cancel it because the worker goes away; it will not count."""
+        self.interrupted = True
+        self.cancel("drain")
+
+    def cancel(self, cause: str) -> None:
+        """Cancel the task's code and tell it why."""
+        if self.context is not None:
+            self.context.cancelled = cause
+        if self.user is not None:
+            self.user.cancel(cause)
+
+
+class Performer:
+    """Performs attempts: everything between having a slot and having an outcome."""
+
+    def __init__(
+        self,
+        *,
+        worker: str,
+        clock: Clock,
+        max_result_bytes: int,
+        threads: int,
+        middleware: Sequence[Middleware],
+        state: Any,
+    ) -> None:
+        self._worker = worker
+        self._clock = clock
+        self._max_result_bytes = max_result_bytes
+        self._threads = anyio.CapacityLimiter(threads)
+        self._middleware = tuple(middleware)
+        self._state = state
+
+    async def perform(self, attempt: Attempt, span: AttemptSpan) -> Outcome:
+        """Run the task's code within its timeout and return what it came to, whatever it does."""
+        attempt.context = self._context(attempt, span.trace_id)
+        envelope, timeout = attempt.envelope, attempt.task.options.timeout
+        running_in.set(RunningIn(envelope.run_id, envelope.root or envelope.run_id))
+        user = attempt.user = asyncio.create_task(
+            self._run(attempt), name=f"{attempt.task.id} {envelope.run_id}"
+        )
+        try:
+            done, _ = await asyncio.wait({user}, timeout=timeout)
+            if not done:
+                attempt.cancel("timeout")
+                done, _ = await asyncio.wait({user}, timeout=CANCEL_GRACE)
+        except asyncio.CancelledError:
+            attempt.cancel("drain")
+            raise
+        if done and not user.cancelled():
+            return user.result()
+        if not done:
+            log.error("run %s of %s ignores its cancellation", envelope.run_id, attempt.task.id)
+        if attempt.interrupted:
+            return Interrupted()
+        return await self._failed(attempt, TimeoutError(f"took longer than {timeout:g} s"))
+
+    async def give_up(self, attempt: Attempt, reason: Reason, error: Exception) -> Failed:
+        """Return the end of a run that gets no further attempt, after its failure hooks."""
+        if attempt.context is None:
+            attempt.context = self._context(attempt, None)
+        await self._call_hooks(attempt, attempt.task.failure_hooks, error)
+        return Failed(reason, self.record(attempt, error))
+
+    async def _run(self, attempt: Attempt) -> Outcome:
+        """Load the payload and call the task in its middleware; errors of user code end here."""
+        task, context = attempt.task, attempt.context
+        assert context is not None, "an attempt has its context before its code runs"
+        try:
+            payload = context.payload = task.load(attempt.envelope.value())
+        except EnvelopeError as error:
+            return await self.give_up(attempt, error.reason, error)
+        except InvalidPayload as error:
+            return await self.give_up(attempt, "invalid", error)
+
+        async def innermost(inner: Context) -> Any:
+            return await task.call(inner, payload, threads=self._threads)
+
+        call: CallNext = innermost
+        for middleware in reversed((*self._middleware, *task.options.middleware)):
+            call = partial(_wrap, middleware, call)
+        try:
+            result = await call(context)
+        except BaseException as error:
+            # SystemExit and KeyboardInterrupt too: a task must not be able to stop the worker.
+            if context.cancelled is not None:
+                raise asyncio.CancelledError(context.cancelled) from error
+            if isinstance(error, asyncio.CancelledError):
+                error = RuntimeError("the task cancelled itself")
+            return await self._failed(attempt, error)
+        return await self._succeeded(attempt, result)
+
+    async def _succeeded(self, attempt: Attempt, result: Any) -> Outcome:
+        try:
+            body = encode(attempt.task.result_type.dump_python(result, warnings=False))
+            if len(body) > self._max_result_bytes:
+                raise InvalidPayload(
+                    f"the result is {len(body)} bytes, the limit is {self._max_result_bytes} "
+                    "(max_payload_bytes)"
+                )
+        except (InvalidPayload, ValueError, TypeError) as error:
+            return await self.give_up(attempt, "bad_result", error)
+        await self._call_hooks(attempt, attempt.task.success_hooks, result)
+        return Succeeded(body)
+
+    async def _failed(self, attempt: Attempt, error: BaseException) -> Outcome:
+        decision = attempt.task.options.retry.decide(attempt.envelope.attempt, error)
+        record = self.record(attempt, error)
+        if decision.delay is not None:
+            return Retrying(decision.delay, record)
+        await self._call_hooks(attempt, attempt.task.failure_hooks, error)
+        return Failed(decision.reason, record)
+
+    async def _call_hooks(
+        self, attempt: Attempt, hooks: Sequence[Callable[..., Any]], value: object
+    ) -> None:
+        for hook in hooks:
+            try:
+                async with asyncio.timeout(HOOK_TIMEOUT):
+                    await hook(attempt.context, value)
+            except Exception:
+                log.exception("a hook of %s failed; its run goes on", attempt.task.id)
+
+    def _context(self, attempt: Attempt, trace_id: str | None) -> Context:
+        envelope, options = attempt.envelope, attempt.task.options
+        at, timeout = envelope.triggered_ms, options.timeout
+        return Context(
+            run_id=envelope.run_id,
+            task=attempt.task.id,
+            attempt=envelope.attempt,
+            max_attempts=options.retry.max_attempts,
+            tags=envelope.tags,
+            triggered_at=None if at is None else datetime.fromtimestamp(at / 1000, UTC),
+            deadline=datetime.now(UTC) + timedelta(seconds=timeout) if timeout else None,
+            parent=envelope.parent,
+            root=envelope.root,
+            worker=self._worker,
+            trace_id=trace_id,
+            state=self._state,
+        )
+
+    def record(self, attempt: Attempt, error: BaseException) -> AttemptError:
+        """Return an error as it travels in the run's memory."""
+        kind = type(error)
+        name = kind.__qualname__
+        if kind.__module__ not in ("builtins", "__main__"):
+            name = f"{kind.__module__}.{name}"
+        text = explain(error) if isinstance(error, ValidationError) else str(error)
+        frames = "".join(traceback.format_exception(error)) if error.__traceback__ else ""
+        return AttemptError(
+            attempt=attempt.envelope.attempt,
+            type=name,
+            message=clip(text),
+            at_ms=self._clock.now_ms(),
+            worker=self._worker,
+            traceback=clip(frames, MAX_TRACEBACK),
+        )
+
+
+async def _wrap(middleware: Middleware, call: CallNext, context: Context) -> Any:
+    return await middleware(context, call)

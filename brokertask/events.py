@@ -1,0 +1,90 @@
+"""Events: facts about runs, published to `<namespace>.events` with the key `<event>.<task>`.
+
+| event       | when                                | fields beside the common ones    |
+| ----------- | ----------------------------------- | -------------------------------- |
+| `completed` | the task returned                   | `result`                         |
+| `retrying`  | an attempt failed, another follows  | `error`, `delay_ms`              |
+| `failed`    | the run went to the dead letters    | `error`, `reason`                |
+| `expired`   | the run came too late to start      |                                  |
+
+Common fields: `event`, `run_id`, `task`, `attempt`, `at_ms`, `worker`. The body is a msgpack map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from brokertask.envelope import MSGPACK, Envelope, Message, decode, encode
+from brokertask.errors import EnvelopeError
+from brokertask.outcome import AttemptError, Expired, Failed, Outcome, Retrying, Succeeded
+
+COMPLETED: Final = "completed"
+RETRYING: Final = "retrying"
+FAILED: Final = "failed"
+EXPIRED: Final = "expired"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One event, in both directions."""
+
+    event: str
+    run_id: str
+    task: str
+    attempt: int
+    at_ms: int
+    worker: str
+    result: bytes | None = None
+    """The task's result in msgpack, of `completed`."""
+    error: AttemptError | None = None
+    reason: str | None = None
+    delay_ms: int | None = None
+
+    def message(self) -> Message:
+        """Return it as the message to publish."""
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        return Message(
+            body=encode(values),
+            correlation_id=self.run_id,
+            type=self.event,
+            content_type=MSGPACK,
+            timestamp_ms=self.at_ms,
+        )
+
+    @staticmethod
+    def read(message: Message) -> Event:
+        """Return the event in `message`; raise `EnvelopeError` if there is none."""
+        values: dict[str, Any] = decode(message.body, message.content_type or MSGPACK)
+        try:
+            error = values.pop("error", None)
+            return Event(**values, error=AttemptError(**error) if error else None)
+        except (TypeError, AttributeError) as problem:
+            raise EnvelopeError(f"not an event: {problem}", reason="undecodable") from None
+
+
+def event_of(outcome: Outcome, envelope: Envelope, *, at_ms: int, worker: str) -> Event | None:
+    """Return the event that tells of `outcome`, or None where nothing happened to the run."""
+
+    def event(name: str, **values: Any) -> Event:
+        return Event(
+            event=name,
+            run_id=envelope.run_id,
+            task=envelope.task,
+            attempt=envelope.attempt,
+            at_ms=at_ms,
+            worker=worker,
+            **values,
+        )
+
+    match outcome:
+        case Succeeded(result=result):
+            return event(COMPLETED, result=result)
+        case Retrying(delay=delay, error=error):
+            return event(RETRYING, error=error, delay_ms=round(delay * 1000))
+        case Failed(reason=reason, error=error):
+            return event(FAILED, error=error, reason=reason)
+        case Expired():
+            return event(EXPIRED)
+        case _:
+            return None

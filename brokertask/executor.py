@@ -1,0 +1,262 @@
+"""From a delivery to its settlement: read, perform, settle. The way of every message in a worker.
+
+execute ─ read ─────────────────────────────────────────────► Failed (no run at all)
+    ├─ a double of an attempt that runs here: joins it, and is settled with it
+    └─ not due: Sleeping · slot ─ too late: Expired · lost too often: Failed
+                               └─ perform: Succeeded · Retrying · Failed · Interrupted
+    settle: publish what follows, confirmed; tell the event; ack
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final, assert_never
+
+from brokertask.attempt import Attempt, Key, Performer
+from brokertask.clock import Clock
+from brokertask.deadletter import bury, bury_raw
+from brokertask.envelope import Envelope, Message, derived_id
+from brokertask.errors import EnvelopeError, PublishError
+from brokertask.events import event_of
+from brokertask.outcome import (
+    Expired,
+    Failed,
+    Interrupted,
+    Outcome,
+    Retrying,
+    Sleeping,
+    Succeeded,
+)
+from brokertask.settings import Settings
+from brokertask.task import Task
+from brokertask.telemetry import Telemetry
+from brokertask.topology import IN_PLACE_MS, Route
+from brokertask.transport.base import Delivery, Transport
+
+log = logging.getLogger("brokertask.worker")
+
+SETTLE_BACKOFF_MAX: Final = 10.0
+FINISHED_KEPT: Final = 1_000
+"""Outcomes kept for messages that the broker took back while their attempt ran to its end."""
+
+
+class Executor:
+    """Executes the deliveries of one worker process."""
+
+    def __init__(
+        self,
+        *,
+        performer: Performer,
+        concurrency: Mapping[str, int],
+        transport: Transport,
+        settings: Settings,
+        telemetry: Telemetry,
+        clock: Clock,
+        worker: str,
+    ) -> None:
+        self._performer = performer
+        self._transport = transport
+        self._settings = settings
+        self._names = settings.names
+        self._telemetry = telemetry
+        self._clock = clock
+        self._worker = worker
+        self._slots = {task: asyncio.Semaphore(count) for task, count in concurrency.items()}
+        self._attempts: dict[Key, Attempt] = {}
+        self._finished: OrderedDict[Key, tuple[Attempt, Outcome]] = OrderedDict()
+        self._interrupting = False
+
+    async def execute(self, delivery: Delivery, task: Task[Any, Any]) -> None:
+        """Do what `delivery` asks for, and settle it. Never raises for what a message holds."""
+        attempt = self._read(delivery, task)
+        if attempt.unread is not None:
+            log.error("a message for %s is buried: %s", task.id, attempt.unread)
+            record = self._performer.record(attempt, attempt.unread)
+            self._telemetry.buried(task.id, attempt.unread.reason)
+            await self.settle(attempt, Failed(attempt.unread.reason, record))
+        elif attempt.envelope.id_derived:
+            await self._execute(attempt)
+        elif (running := self._attempts.get(attempt.key)) is not None:
+            # Ours already: the lease was lost, or the message doubled. One attempt serves both.
+            running.deliveries.append(delivery)
+        else:
+            self._attempts[attempt.key] = attempt
+            try:
+                await self._execute(attempt)
+            finally:
+                del self._attempts[attempt.key]
+
+    def interrupt(self) -> None:
+        """Cancel every attempt that still runs; each is handed back, uncounted."""
+        self._interrupting = True
+        for attempt in self._attempts.values():
+            attempt.interrupt()
+
+    def _read(self, delivery: Delivery, task: Task[Any, Any]) -> Attempt:
+        message = delivery.message
+        try:
+            envelope = Envelope.read(
+                message, task=task.id, max_bytes=self._settings.max_payload_bytes
+            )
+        except EnvelopeError as error:
+            run_id = message.message_id or derived_id(message, task.id)
+            envelope = Envelope(run_id=run_id, task=task.id, payload=b"")
+            return Attempt(task, envelope, [delivery], unread=error)
+        # A lost delivery was an attempt: whoever had it died with it, or lost the broker.
+        envelope = replace(envelope, attempt=envelope.attempt + delivery.lost)
+        return Attempt(task, envelope, [delivery])
+
+    async def _execute(self, attempt: Attempt) -> None:
+        finished = self._finished.pop(attempt.key, None)
+        if finished is not None:
+            # The work was done while the broker had taken the message back: only settle it.
+            before, outcome = finished
+            before.deliveries = attempt.deliveries
+            await self.settle(before, outcome)
+            return
+        outcome = await self._outcome(attempt)
+        if attempt.live:
+            await self.settle(attempt, outcome)
+        elif not isinstance(outcome, Interrupted):
+            log.warning(
+                "run %s of %s: the broker took its message back while it ran",
+                attempt.envelope.run_id,
+                attempt.task.id,
+            )
+            self._finished[attempt.key] = attempt, outcome
+            if len(self._finished) > FINISHED_KEPT:
+                self._finished.popitem(last=False)
+
+    async def _outcome(self, attempt: Attempt) -> Outcome:
+        envelope, retry = attempt.envelope, attempt.task.options.retry
+        if (early := _early_ms(envelope, self._clock.now_ms())) > IN_PLACE_MS:
+            return Sleeping(early / 1000)
+        if early > 0:
+            await self._clock.sleep(early / 1000)
+        async with self._slots[attempt.task.id]:
+            # A delivery that was taken back while it waited for a slot comes again, to somebody.
+            if self._interrupting or not attempt.live:
+                return Interrupted()
+            if envelope.expires_ms is not None and self._clock.now_ms() > envelope.expires_ms:
+                return Expired()
+            if envelope.attempt > retry.max_attempts:
+                return await self._performer.give_up(attempt, "crashed", _crashed(envelope))
+            self._telemetry.active(attempt.task.id, 1)
+            try:
+                with self._telemetry.attempt(
+                    envelope,
+                    attempt=envelope.attempt,
+                    max_attempts=retry.max_attempts,
+                    queue=self._names.queue(attempt.task.id),
+                    worker=self._worker,
+                    now_ms=self._clock.now_ms(),
+                ) as span:
+                    attempt.traceparent = span.traceparent
+                    outcome = await self._performer.perform(attempt, span)
+                    span.end(outcome, at_ms=self._clock.now_ms())
+                    return outcome
+            finally:
+                self._telemetry.active(attempt.task.id, -1)
+
+    async def settle(self, attempt: Attempt, outcome: Outcome) -> None:
+        """Tell the broker what an attempt came to. Nothing else in brokertask acks a delivery.
+
+        Order: what follows is on the broker's disk before the delivery is acked. A crash between
+        the two makes the message double, never lost.
+        """
+        envelope, now = attempt.envelope, self._clock.now_ms()
+        match outcome:
+            case Succeeded() | Expired():
+                follows = None
+            case Retrying(delay=delay, error=error):
+                memory = envelope.memory.with_error(error)
+                again = envelope.again(attempt=envelope.attempt + 1, now_ms=now, memory=memory)
+                again = replace(again, previous=attempt.traceparent)
+                follows = self._delayed(again, round(delay * 1000), now + round(delay * 1000))
+            case Sleeping(delay=delay):
+                follows = self._delayed(envelope, round(delay * 1000), envelope.due_ms)
+            case Failed():
+                follows = self._names.dead_route(attempt.task.id), _dead(attempt, outcome, now)
+            case Interrupted():
+                back = envelope.again(attempt=envelope.attempt, now_ms=now)
+                follows = self._names.resume_route(attempt.task.id), back.message()
+            case _ as unreachable:
+                assert_never(unreachable)
+        if follows is None or await self._publish_surely(attempt, *follows):
+            await self._tell(attempt, outcome, now)
+            for delivery in attempt.deliveries:
+                await delivery.ack()
+
+    def _delayed(
+        self, envelope: Envelope, delay_ms: int, due_ms: int | None
+    ) -> tuple[Route, Message]:
+        """Return route and message for the delay ladder."""
+        if delay_ms <= IN_PLACE_MS:
+            return self._names.resume_route(envelope.task), envelope.message()
+        route, left = self._names.delay_route(envelope.task, delay_ms)
+        return route, replace(envelope, due_ms=due_ms, left_ms=left).message()
+
+    async def _publish_surely(self, attempt: Attempt, route: Route, message: Message) -> bool:
+        """Publish until it is confirmed; False if the delivery was taken back instead.
+
+        Until then the delivery stays ours: a broker in trouble gets no new work from us, and
+        nothing is lost if we die here.
+        """
+        pause = 0.2
+        while attempt.live:
+            try:
+                with self._telemetry.send(route, trace=attempt.envelope.trace):
+                    await self._transport.publish(
+                        route, message, timeout=self._settings.publish_timeout
+                    )
+            except PublishError as error:
+                self._telemetry.publish_failed(type(error).__name__)
+                log.warning("run %s cannot be settled yet: %s", attempt.envelope.run_id, error)
+                await asyncio.sleep(pause * random.uniform(0.5, 1))
+                pause = min(SETTLE_BACKOFF_MAX, pause * 2)
+            else:
+                return True
+        return False
+
+    async def _tell(self, attempt: Attempt, outcome: Outcome, now: int) -> None:
+        """Publish the event of an outcome, once: whoever listens must not hold up the run."""
+        event = event_of(outcome, attempt.envelope, at_ms=now, worker=self._worker)
+        if event is None:
+            return
+        reply_to = attempt.envelope.reply_to
+        route = self._names.event_route(event.event, event.task, reply_to=reply_to)
+        try:
+            await self._transport.publish(
+                route, event.message(), timeout=self._settings.publish_timeout, mandatory=False
+            )
+        except PublishError as error:
+            self._telemetry.publish_failed(type(error).__name__)
+            log.warning("event %s of run %s is lost: %s", event.event, event.run_id, error)
+
+
+def _dead(attempt: Attempt, failed: Failed, now: int) -> Message:
+    if attempt.unread is not None:
+        message = attempt.deliveries[0].message
+        return bury_raw(message, failed, task=attempt.task.id, now_ms=now)
+    return bury(replace(attempt.envelope, previous=attempt.traceparent), failed, now_ms=now)
+
+
+def _early_ms(envelope: Envelope, now: int) -> int:
+    """Return how many ms too early a delayed message is.
+
+    What was left when it was sent bounds it, so that a publisher whose clock is wrong delays no
+    longer than it asked for.
+    """
+    return 0 if envelope.due_ms is None else min(envelope.left_ms, envelope.due_ms - now)
+
+
+def _crashed(envelope: Envelope) -> Exception:
+    return ConnectionAbortedError(
+        f"{envelope.attempt - 1} attempt(s) and no end: the last worker died, was killed, "
+        "ran out of memory, or lost the broker"
+    )

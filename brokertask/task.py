@@ -1,0 +1,363 @@
+"""A declared function: its id, types and options, checked when it is declared."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import (
+    Any,
+    Final,
+    Generic,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+    get_type_hints,
+    overload,
+)
+
+import anyio.to_thread
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
+
+from brokertask.client import Client, Run, TriggerOptions
+from brokertask.context import Context
+from brokertask.durations import Duration, seconds
+from brokertask.errors import (
+    ConfigurationError,
+    InvalidOption,
+    InvalidPayload,
+    UnsupportedType,
+)
+from brokertask.retry import Retry
+from brokertask.topology import QueueOptions, TaskQueue, check_task_id
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+DEFAULT_CONCURRENCY: Final = 10
+CallNext = Callable[[Context], Awaitable[Any]]
+Middleware = Callable[[Context, CallNext], Awaitable[Any]]
+"""`async (context, call_next) -> result`: wraps the call of a task, the outermost first."""
+
+
+class TaskOptions(TypedDict, total=False):
+    """What `@app.task` takes."""
+
+    id: str
+    """The contract on the wire. Default: the function's name."""
+    retry: Retry
+    """Default: 3 attempts, 1 to 60 s apart."""
+    concurrency: int
+    """How many runs of it one worker process executes at a time; 10 by default."""
+    timeout: Duration | None
+    """How long one attempt may take before it is cancelled and fails; none by default."""
+    queue: QueueOptions
+    """Limits of its queue."""
+    middleware: Sequence[Middleware]
+    """Wrapped around this task only, inside the app's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """A task's options, checked and complete."""
+
+    retry: Retry = Retry()
+    concurrency: int = DEFAULT_CONCURRENCY
+    timeout: float | None = None
+    queue: QueueOptions = QueueOptions()
+    middleware: tuple[Middleware, ...] = ()
+
+
+class Task(Generic[P, R]):
+    """A declared task with payload type `P` and result type `R`.
+
+    `await task(payload)` is a plain call, here and now; `await task.trigger(payload)` asks for a
+    run on a worker.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], *, id: str, options: Options, client: Client
+    ) -> None:
+        self.function = function
+        self.id = check_task_id(id)
+        self.options = options
+        self.client = client
+        self.where = _where(function)
+        self.is_async = inspect.iscoroutinefunction(function)
+        signature = _Signature.of(function, self.where)
+        self._payload_name = signature.payload_name
+        self._context_name = signature.context_name
+        self.payload_type: TypeAdapter[Any] = signature.payload
+        self.result_type: TypeAdapter[Any] = signature.result
+        self.success_hooks: list[Callable[[Context, R], Awaitable[None]]] = []
+        self.failure_hooks: list[Callable[[Context, BaseException], Awaitable[None]]] = []
+        self.__doc__ = function.__doc__
+
+    def __repr__(self) -> str:
+        return f"<Task {self.id} at {self.where}>"
+
+    @overload
+    async def __call__(self: Task[None, R], *, ctx: Context | None = None) -> R: ...
+    @overload
+    async def __call__(self, payload: P, *, ctx: Context | None = None) -> R: ...
+    async def __call__(self, payload: Any = None, *, ctx: Context | None = None) -> Any:
+        """Call the function here and now: no broker, no retry. Sync ones run in a thread."""
+        context = ctx or Context(run_id="local", task=self.id, payload=payload)
+        return await self.call(context, payload)
+
+    @overload
+    async def trigger(self: Task[None, R], **options: Unpack[TriggerOptions]) -> Run[R]: ...
+    @overload
+    async def trigger(self, payload: P, **options: Unpack[TriggerOptions]) -> Run[R]: ...
+    async def trigger(self, payload: Any = None, **options: Unpack[TriggerOptions]) -> Run[R]:
+        """Ask for a run; when this returns it is on the broker's disk.
+
+        Raises:
+            InvalidPayload: The payload is not of the task's type; nothing was sent.
+            PublishError: The broker did not take it, or (`unknown`) may have; see `errors`.
+        """
+        _check_names("trigger", options, TriggerOptions)
+        return await self.client.trigger(
+            self.id, self.dump(payload), result=self.result_type, **options
+        )
+
+    async def trigger_many(
+        self, payloads: Iterable[P], **options: Unpack[TriggerOptions]
+    ) -> list[Run[R]]:
+        """Ask for a run for each payload, in their order, sharing round trips to the broker.
+
+        Raises:
+            InvalidPayload: One is not of the task's type; nothing was sent.
+            BatchError: Some were not taken; its `results` tell of each.
+        """
+        _check_names("trigger_many", options, TriggerOptions)
+        if options.pop("run_id", None) is not None:
+            raise InvalidOption("trigger_many: each run has an id of its own; leave out run_id")
+        dumped = [self.dump(payload) for payload in payloads]
+        return await self.client.trigger_many(
+            self.id, dumped, result=self.result_type, **cast("Any", options)
+        )
+
+    @overload
+    def trigger_sync(self: Task[None, R], **options: Unpack[TriggerOptions]) -> Run[R]: ...
+    @overload
+    def trigger_sync(self, payload: P, **options: Unpack[TriggerOptions]) -> Run[R]: ...
+    def trigger_sync(self, payload: Any = None, **options: Unpack[TriggerOptions]) -> Run[R]:
+        """Do what `trigger` does, from a thread without an event loop."""
+        _check_names("trigger_sync", options, TriggerOptions)
+        return self.client.trigger_sync(
+            self.id, self.dump(payload), result=self.result_type, **options
+        )
+
+    def on_success(
+        self, hook: Callable[[Context, R], Awaitable[None]]
+    ) -> Callable[[Context, R], Awaitable[None]]:
+        """Call `hook(context, result)` after each run that succeeds; it cannot change that."""
+        self.success_hooks.append(hook)
+        return hook
+
+    def on_failure(
+        self, hook: Callable[[Context, BaseException], Awaitable[None]]
+    ) -> Callable[[Context, BaseException], Awaitable[None]]:
+        """Call `hook(context, error)` when a run has no attempts left, before it is buried."""
+        self.failure_hooks.append(hook)
+        return hook
+
+    @property
+    def queue(self) -> TaskQueue:
+        """What the topology needs to know of it."""
+        return TaskQueue(self.id, self.options.queue)
+
+    def dump(self, payload: object) -> object:
+        """Return a payload as plain values, validated.
+
+        Raises:
+            InvalidPayload: It is not of the task's type. The message holds no values.
+        """
+        try:
+            valid = self.payload_type.validate_python(payload)
+            return self.payload_type.dump_python(valid, warnings=False)
+        except ValidationError as error:
+            raise InvalidPayload(f"payload of {self.id!r}: {explain(error)}") from None
+
+    def load(self, value: object) -> Any:
+        """Return the payload from decoded plain values.
+
+        Raises:
+            InvalidPayload: As `dump`.
+        """
+        try:
+            return self.payload_type.validate_python(value)
+        except ValidationError as error:
+            raise InvalidPayload(explain(error)) from None
+
+    async def call(
+        self, context: Context, payload: object, *, threads: anyio.CapacityLimiter | None = None
+    ) -> Any:
+        """Call the function with what its signature asks for."""
+        arguments: dict[str, Any] = {}
+        if self._payload_name is not None:
+            arguments[self._payload_name] = payload
+        if self._context_name is not None:
+            arguments[self._context_name] = context
+        if self.is_async:
+            return await self.function(**arguments)
+        return await anyio.to_thread.run_sync(
+            lambda: self.function(**arguments), limiter=threads, abandon_on_cancel=True
+        )
+
+
+class TaskDecorator:
+    """`@app.task` and `@app.task(...)`: declares a function as a task."""
+
+    def __init__(self, register: Callable[[Task[Any, Any]], None], client: Client) -> None:
+        self._register = register
+        self._client = client
+        self._options: TaskOptions = {}
+
+    @overload
+    def __call__(self, function: Callable[[], Awaitable[R]], /) -> Task[None, R]: ...
+    @overload
+    def __call__(self, function: Callable[[Context], Awaitable[R]], /) -> Task[None, R]: ...
+    @overload
+    def __call__(self, function: Callable[[P, Context], Awaitable[R]], /) -> Task[P, R]: ...
+    # A function of a Context that returns an awaitable is taken by the second overload already.
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, function: Callable[[P], Awaitable[R]], /
+    ) -> Task[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[[], R], /) -> Task[None, R]: ...
+    @overload
+    def __call__(self, function: Callable[[Context], R], /) -> Task[None, R]: ...
+    @overload
+    def __call__(self, function: Callable[[P, Context], R], /) -> Task[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[[P], R], /) -> Task[P, R]: ...
+    @overload
+    def __call__(self, /, **options: Unpack[TaskOptions]) -> TaskDecorator: ...
+    def __call__(
+        self, function: Callable[..., Any] | None = None, /, **options: Unpack[TaskOptions]
+    ) -> Any:
+        """Declare `function`, or return a decorator with these options."""
+        _check_names("task", options, TaskOptions)
+        if function is None:
+            decorator = TaskDecorator(self._register, self._client)
+            decorator._options = {**self._options, **options}
+            return decorator
+        if not callable(function):
+            raise InvalidOption(f"@app.task takes options by name only, not {function!r}")
+        given = self._options
+        task: Task[Any, Any] = Task(
+            function,
+            id=given.get("id", getattr(function, "__name__", "")),
+            options=_checked(given),
+            client=self._client,
+        )
+        self._register(task)
+        return task
+
+
+@dataclass(frozen=True, slots=True)
+class _Signature:
+    """Which parameters of a task are its payload and its context, and the types."""
+
+    payload_name: str | None
+    context_name: str | None
+    payload: TypeAdapter[Any]
+    result: TypeAdapter[Any]
+
+    @staticmethod
+    def of(function: Callable[..., Any], where: str) -> _Signature:
+        try:
+            hints = get_type_hints(function, include_extras=True)
+        except NameError as error:
+            raise UnsupportedType(
+                f"{where}: an annotation names something unknown ({error}); "
+                "types of tasks must be importable from their module"
+            ) from error
+        payload_name = context_name = None
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                raise UnsupportedType(f"{where}: parameter {str(parameter)!r} has to have a name")
+            if parameter.name not in hints:
+                raise UnsupportedType(f"{where}: parameter {parameter.name!r} needs a type")
+            if hints[parameter.name] is Context:
+                context_name = parameter.name
+            elif payload_name is None:
+                payload_name = parameter.name
+            else:
+                raise UnsupportedType(
+                    f"{where}: {payload_name!r} and {parameter.name!r}: a task takes one payload "
+                    "and a Context; put the two into a pydantic model or a dataclass"
+                )
+        payload = hints[payload_name] if payload_name else None
+        return _Signature(
+            payload_name,
+            context_name,
+            _adapter(payload, f"{where}: the payload"),
+            _adapter(hints.get("return", Any), f"{where}: the result"),
+        )
+
+
+def explain(error: ValidationError) -> str:
+    """Return what is wrong, field by field, without any value: values may be secret."""
+    problems = error.errors(include_input=False, include_url=False, include_context=False)
+    return "; ".join(
+        f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['type']}"
+        + ("" if problem["type"] in ("value_error", "assertion_error") else f" ({problem['msg']})")
+        for problem in problems[:10]
+    )
+
+
+def _adapter(annotation: Any, what: str) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(annotation)
+    except (PydanticSchemaGenerationError, PydanticUserError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedType(
+            f"{what} has a type that cannot cross the wire: {reason} "
+            "Use types pydantic knows: models, dataclasses, TypedDicts, builtins"
+        ) from None
+
+
+def _checked(given: TaskOptions) -> Options:
+    concurrency = given.get("concurrency", DEFAULT_CONCURRENCY)
+    if isinstance(concurrency, bool) or not isinstance(concurrency, int):
+        raise InvalidOption(f"concurrency is a whole number, not {concurrency!r}")
+    if not 1 <= concurrency <= 65_535:
+        raise InvalidOption(f"concurrency is 1 to 65535, not {concurrency}")
+    retry, queue = given.get("retry", Retry()), given.get("queue", QueueOptions())
+    if not isinstance(retry, Retry):
+        raise InvalidOption(f"retry is a Retry(...), not {retry!r}")
+    if not isinstance(queue, QueueOptions):
+        raise InvalidOption(f"queue is a Queue(...), not {queue!r}")
+    timeout = given.get("timeout")
+    if timeout is not None and seconds(timeout) == 0:
+        raise InvalidOption("a timeout is more than 0; leave it out for none")
+    return Options(
+        retry=retry,
+        concurrency=concurrency,
+        timeout=None if timeout is None else seconds(timeout),
+        queue=queue,
+        middleware=tuple(given.get("middleware", ())),
+    )
+
+
+def _check_names(where: str, given: Any, allowed: type) -> None:
+    names = allowed.__annotations__
+    for name in given:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names)}"
+            raise InvalidOption(f"{where} has no option {name!r}; {hint}")
+
+
+def _where(function: Callable[..., Any]) -> str:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        raise ConfigurationError(f"a task is a function, not {function!r}")
+    return f"{code.co_filename}:{code.co_firstlineno}"

@@ -1,0 +1,178 @@
+"""A worker: consumes the queues of its tasks, and stops without losing anything.
+
+prefetch = concurrency, per task: what the broker hands over is begun at once, so nothing waits in
+a worker that another could be doing. Starting and stopping are decided here; what happens to a
+message is the executor's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from functools import partial
+from types import TracebackType
+from typing import Any, Final
+
+from brokertask.attempt import Performer
+from brokertask.clock import Clock
+from brokertask.executor import Executor
+from brokertask.settings import Settings
+from brokertask.task import Middleware, Task
+from brokertask.telemetry import Telemetry
+from brokertask.topology import Topology
+from brokertask.transport.base import Consumer, Delivery, Transport
+
+log = logging.getLogger("brokertask.worker")
+
+HAND_BACK_TIMEOUT: Final = 10.0
+"""After the grace period: how long handing back may take before the broker takes back by itself."""
+
+
+class Worker:
+    """Runs tasks of one app in this process: `async with worker:`, or `start` and `stop`."""
+
+    def __init__(
+        self,
+        *,
+        tasks: Sequence[Task[Any, Any]],
+        concurrency: Mapping[str, int],
+        connect: Callable[[], Transport],
+        topology: Callable[[], Topology],
+        lifespan: Callable[[], AbstractAsyncContextManager[Any]],
+        middleware: Sequence[Middleware],
+        settings: Settings,
+        telemetry: Telemetry,
+        clock: Clock,
+    ) -> None:
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+        self.tasks = tuple(tasks)
+        self.concurrency = {
+            task.id: concurrency.get(task.id, task.options.concurrency) for task in tasks
+        }
+        self._connect = connect
+        self._topology = topology
+        self._lifespan = lifespan
+        self._middleware = middleware
+        self._settings = settings
+        self._telemetry = telemetry
+        self._clock = clock
+        self._resources = AsyncExitStack()
+        self._transport: Transport | None = None
+        self._executor: Executor | None = None
+        self._consumers: list[Consumer] = []
+        self._executions: set[asyncio.Task[None]] = set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is connected and the broker delivers to each of its consumers."""
+        return bool(self._consumers) and self._transport is not None and self._transport.connected
+
+    @property
+    def busy(self) -> int:
+        """How many deliveries it holds."""
+        return len(self._executions)
+
+    async def __aenter__(self) -> Worker:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Enter the lifespan, connect, declare if so set, and begin to consume.
+
+        Raises:
+            BrokerUnavailable, AccessDenied: The broker cannot be reached, or refuses the user.
+            TopologyMismatch: A queue on the broker differs from the code.
+            ConfigurationError: A queue is missing and may not be declared.
+        """
+        try:
+            state = await self._resources.enter_async_context(self._lifespan())
+            transport = self._transport = self._connect()
+            self._resources.push_async_callback(transport.close)
+            await transport.open(timeout=self._settings.connect_timeout)
+            if self._settings.declare:
+                await transport.declare(self._topology())
+            self._executor = self._make_executor(transport, state)
+            for task in self.tasks:
+                await self._consume(transport, self._executor, task)
+        except BaseException:
+            await self._resources.aclose()
+            raise
+        log.info("worker %s consumes %s", self.name, ", ".join(task.id for task in self.tasks))
+
+    async def stop(self, *, grace: float | None = None) -> None:
+        """Take no more work, let runs finish within the grace period, hand back the rest.
+
+        What is handed back does not count as an attempt. Returns when everything is settled, or
+        given up to the broker, which then counts it as a lost delivery.
+        """
+        grace = self._settings.grace if grace is None else grace
+        consumers, self._consumers = self._consumers, []
+        await asyncio.gather(*(consumer.stop() for consumer in consumers))
+        if self._executions and grace > 0:
+            log.info("worker %s lets %d run(s) finish", self.name, self.busy)
+            await asyncio.wait(self._executions, timeout=grace)
+        if self._executions and self._executor is not None:
+            log.warning("worker %s hands back %d run(s)", self.name, self.busy)
+            self._executor.interrupt()
+            await asyncio.wait(self._executions, timeout=HAND_BACK_TIMEOUT)
+        left = list(self._executions)
+        for execution in left:
+            execution.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await self._resources.aclose()
+
+    def _make_executor(self, transport: Transport, state: Any) -> Executor:
+        performer = Performer(
+            worker=self.name,
+            clock=self._clock,
+            max_result_bytes=self._settings.max_payload_bytes,
+            threads=self._settings.thread_limit,
+            middleware=self._middleware,
+            state=state,
+        )
+        return Executor(
+            performer=performer,
+            concurrency=self.concurrency,
+            transport=transport,
+            settings=self._settings,
+            telemetry=self._telemetry,
+            clock=self._clock,
+            worker=self.name,
+        )
+
+    async def _consume(
+        self, transport: Transport, executor: Executor, task: Task[Any, Any]
+    ) -> None:
+        names = self._settings.names
+        queues = [names.queue(task.id)]
+        if task.options.queue.max_length is not None:
+            # Both queues feed the same slots; between them up to twice the prefetch is held.
+            queues.append(names.intake(task.id))
+        receive = partial(self._receive, executor, task)
+        for queue in queues:
+            prefetch = self.concurrency[task.id]
+            self._consumers.append(await transport.consume(queue, receive, prefetch=prefetch))
+
+    def _receive(self, executor: Executor, task: Task[Any, Any], delivery: Delivery) -> None:
+        execution = asyncio.create_task(executor.execute(delivery, task))
+        self._executions.add(execution)
+        execution.add_done_callback(self._executed)
+
+    def _executed(self, execution: asyncio.Task[None]) -> None:
+        self._executions.discard(execution)
+        if not execution.cancelled() and (error := execution.exception()) is not None:
+            # A defect of ours. The delivery stays unsettled, so nothing is lost; say it loudly.
+            log.critical("an execution failed inside brokertask", exc_info=error)
