@@ -5,7 +5,7 @@ dead-lettered and traced by way of the broker alone. `App` is where to begin.
 """
 
 from brokertask.app import App
-from brokertask.client import Client, Run
+from brokertask.client import Client
 from brokertask.context import Context
 from brokertask.errors import (
     Abort,
@@ -35,6 +35,7 @@ from brokertask.errors import (
     UnsupportedType,
 )
 from brokertask.retry import Retry
+from brokertask.run import Run
 from brokertask.settings import Settings
 from brokertask.task import CallNext, Task
 from brokertask.topology import QueueOptions as Queue

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 
 from brokertask.client import Client
 from brokertask.clock import Clock, SystemClock
-from brokertask.durations import Duration, seconds
 from brokertask.errors import ConfigurationError, DuplicateTask, InvalidOption
 from brokertask.settings import Settings
 from brokertask.task import Middleware, Task, TaskDecorator
@@ -32,19 +31,16 @@ class App:
     starts; `async with app:` connects the client now and closes it at the end.
     """
 
-    def __init__(
-        self, name: str, *, settings: Settings | None = None, clock: Clock | None = None
-    ) -> None:
+    def __init__(self, name: str, *, settings: Settings | None = None) -> None:
         self.name = name
         self.settings = settings or _settings_of_the_environment()
-        self.clock = clock or SystemClock()
         self.tasks: dict[str, Task[Any, Any]] = {}
         self.telemetry = Telemetry(self.settings.names)
         self.client = Client(
             app_id=name,
             settings=self.settings,
             telemetry=self.telemetry,
-            clock=self.clock,
+            now_ms=lambda: self.clock.now_ms(),
             connect=self.connect,
             topology=self.topology,
         )
@@ -61,11 +57,18 @@ class App:
         return TaskDecorator(self._register, self.client)
 
     @property
-    def embedded(self) -> MemoryBroker:
-        """The broker inside this process, for `memory:`; it forgets everything at exit."""
-        if self._embedded is None:
-            self._embedded = MemoryBroker(self.clock)
-        return self._embedded
+    def clock(self) -> Clock:
+        """What due times are told by: the embedded broker's clock, or the system's."""
+        return _SYSTEM_CLOCK if self._embedded is None else self._embedded.clock
+
+    @contextmanager
+    def on(self, broker: MemoryBroker) -> Iterator[None]:
+        """Use `broker`, and its clock, in place of the broker of the settings."""
+        before, self._embedded = self._embedded, broker
+        try:
+            yield
+        finally:
+            self._embedded = before
 
     def middleware(self, middleware: Middleware) -> Middleware:
         """Wrap every task's call: `async (context, call_next) -> result`, the first outermost."""
@@ -132,8 +135,10 @@ class App:
     def connect(self) -> Transport:
         """Return a new transport to the broker of the settings; it connects when opened."""
         url = self.settings.broker_url()
-        if url.startswith("memory:"):
-            return MemoryTransport(self.embedded)
+        if self._embedded is None and url.startswith("memory:"):
+            self._embedded = MemoryBroker(_SYSTEM_CLOCK)
+        if self._embedded is not None:
+            return MemoryTransport(self._embedded)
         if url.startswith("unix:"):
             from brokertask.transport.socket import SocketTransport  # noqa: PLC0415
 
@@ -163,6 +168,9 @@ class App:
             declared = ", ".join(sorted(self.tasks)) or "none"
             raise InvalidOption(f"app {self.name!r} has no task {task!r}; it declares: {declared}")
         return self.tasks[task]
+
+
+_SYSTEM_CLOCK: Final = SystemClock()
 
 
 @asynccontextmanager

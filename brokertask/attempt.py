@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import anyio
 from pydantic import ValidationError
 
-from brokertask.client import RunningIn, running_in
 from brokertask.clock import Clock
 from brokertask.context import Context
 from brokertask.envelope import MAX_TRACEBACK, Envelope, clip, encode
@@ -31,6 +31,7 @@ from brokertask.outcome import (
     Retrying,
     Succeeded,
 )
+from brokertask.run import RunningIn, running_in
 from brokertask.task import CallNext, Middleware, Task, explain
 from brokertask.telemetry import AttemptSpan
 from brokertask.transport.base import Delivery
@@ -40,6 +41,7 @@ log = logging.getLogger("brokertask.worker")
 CANCEL_GRACE: Final = 5.0
 """How long a cancelled task may clean up before it is left behind."""
 HOOK_TIMEOUT: Final = 30.0
+_PACKAGE: Final = str(Path(__file__).parent)
 Key: TypeAlias = tuple[str, str, int]
 
 
@@ -218,16 +220,23 @@ class Performer:
         if kind.__module__ not in ("builtins", "__main__"):
             name = f"{kind.__module__}.{name}"
         text = explain(error) if isinstance(error, ValidationError) else str(error)
-        frames = "".join(traceback.format_exception(error)) if error.__traceback__ else ""
         return AttemptError(
             attempt=attempt.envelope.attempt,
             type=name,
             message=clip(text),
             at_ms=self._clock.now_ms(),
             worker=self._worker,
-            traceback=clip(frames, MAX_TRACEBACK),
+            traceback=clip(_frames(error), MAX_TRACEBACK),
         )
 
 
 async def _wrap(middleware: Middleware, call: CallNext, context: Context) -> Any:
     return await middleware(context, call)
+
+
+def _frames(error: BaseException) -> str:
+    """Return the traceback from the user's first frame on; ours are the same for every error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(error.with_traceback(trace))) if trace else ""

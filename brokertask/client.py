@@ -7,54 +7,31 @@ is used from, and one background thread with a loop of its own for callers that 
 from __future__ import annotations
 
 import asyncio
-import atexit
-import logging
-import os
 import secrets
-import threading
-import weakref
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import Any, Final, Generic, TypedDict, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from typing import Any, Final, TypedDict
 
-from anyio.from_thread import BlockingPortal, start_blocking_portal
 from pydantic import TypeAdapter
 
-from brokertask.clock import Clock
-from brokertask.durations import Duration, readable, seconds
-from brokertask.envelope import MSGPACK, Envelope, Message, decode, encode
+from brokertask.durations import Duration, seconds
+from brokertask.envelope import Envelope, Message, encode
 from brokertask.errors import (
-    AccessDenied,
     BatchError,
     BrokertaskError,
-    ConfigurationError,
     EnvelopeError,
     InvalidOption,
     PayloadTooLarge,
     PublishError,
-    ResultTimeout,
-    ResultUnavailable,
-    RunExpired,
-    RunFailed,
 )
-from brokertask.events import COMPLETED, EXPIRED, FAILED, RETRYING, Event
+from brokertask.events import Event
+from brokertask.portal import portal
+from brokertask.run import Run, Session, private_queue, running_in
 from brokertask.settings import Settings
 from brokertask.telemetry import Telemetry
-from brokertask.topology import (
-    IN_PLACE_MS,
-    Binding,
-    Queue,
-    Route,
-    Topology,
-    check_task_id,
-)
-from brokertask.transport.base import Consumer, Transport
-
-log = logging.getLogger("brokertask.client")
-R = TypeVar("R")
-T = TypeVar("T")
+from brokertask.topology import IN_PLACE_MS, Binding, Route, Topology, check_task_id
+from brokertask.transport.base import Transport
 
 IN_FLIGHT: Final = 256
 """Publishes of one `trigger_many` that wait for their confirm at a time."""
@@ -64,8 +41,6 @@ JOINED_DELAY: Final = 300.0
 """Runs that begin later than this get a trace of their own, linked to the one that asked."""
 MAX_TAGS: Final = 32
 MAX_TAG: Final = 128
-REPLY_QUEUE_EXPIRES_MS: Final = 600_000
-"""A caller that lost its connection has this long to come back for its results."""
 
 
 class TriggerOptions(TypedDict, total=False):
@@ -81,96 +56,6 @@ class TriggerOptions(TypedDict, total=False):
     """The run's id, to repeat a trigger whose answer is unknown. Default: a new UUIDv7."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunningIn:
-    """The run whose task is executing here: parent of what it triggers."""
-
-    run_id: str
-    root: str
-
-
-running_in: ContextVar[RunningIn | None] = ContextVar("brokertask_running_in", default=None)
-
-
-class Run(Generic[R]):
-    """A triggered run: its id, and its result once there is one.
-
-    Hold on to it if you want the result: what nobody holds is not kept.
-    """
-
-    def __init__(self, run_id: str, task: str, session: _Session, result: TypeAdapter[R]) -> None:
-        self.run_id = run_id
-        self.task = task
-        self._session = session
-        self._type = result
-        self._ended = asyncio.Event()
-        self._event: Event | None = None
-        self._watchers: list[Callable[[Event], None]] = []
-
-    def __repr__(self) -> str:
-        return f"<Run {self.run_id} of {self.task}>"
-
-    async def result(self, *, timeout: Duration | None = None) -> R:
-        """Return what the task returned, waiting for it up to `timeout` (for ever by default).
-
-        Raises:
-            RunFailed: The run is in the dead-letter queue; `reason` and `error` say why.
-            RunExpired: It was not started in time.
-            ResultTimeout: Nothing was heard in time. The run goes on; ask again.
-            ResultUnavailable: This client does not listen for results.
-        """
-        if (why := self._session.deaf) is not None:
-            raise ResultUnavailable(why, run_id=self.run_id, task=self.task)
-        limit = None if timeout is None else seconds(timeout)
-        try:
-            async with asyncio.timeout(limit):
-                await self._ended.wait()
-        except TimeoutError:
-            raise ResultTimeout(
-                f"no result of run {self.run_id} of {self.task!r} within {readable(limit or 0)}; "
-                "it goes on",
-                run_id=self.run_id,
-                task=self.task,
-            ) from None
-        assert self._event is not None, "an ended run has its last event"
-        return self._read(self._event)
-
-    def result_sync(self, *, timeout: Duration | None = None) -> R:
-        """Return the result to a plain thread; for runs made by `trigger_sync`."""
-        return self._session.call(lambda: self.result(timeout=timeout))
-
-    def watch(self, watcher: Callable[[Event], None]) -> None:
-        """Call `watcher` in the event loop for each event of this run that its worker tells."""
-        self._watchers.append(watcher)
-
-    def hear(self, event: Event) -> None:
-        """Take in an event of this run; the session calls it."""
-        for watcher in self._watchers:
-            watcher(event)
-        if event.event in (COMPLETED, FAILED, EXPIRED):
-            self._event = event
-            self._ended.set()
-
-    def _read(self, event: Event) -> R:
-        if event.event == COMPLETED:
-            return self._type.validate_python(decode(event.result or b"\xc0", MSGPACK))
-        if event.event == EXPIRED:
-            raise RunExpired(
-                f"run {self.run_id} of {self.task!r} was not started before it expired",
-                run_id=self.run_id,
-                task=self.task,
-            )
-        error = event.error
-        raise RunFailed(
-            f"run {self.run_id} of {self.task!r} is in the dead-letter queue ({event.reason})"
-            + (f": {error.type}: {error.message}" if error else ""),
-            run_id=self.run_id,
-            task=self.task,
-            reason=event.reason or "unknown",
-            error={"type": error.type, "message": error.message} if error else {},
-        )
-
-
 class Client:
     """Triggers runs of any task, by id: a service needs none of the task's code.
 
@@ -183,18 +68,18 @@ class Client:
         app_id: str,
         settings: Settings,
         telemetry: Telemetry,
-        clock: Clock,
+        now_ms: Callable[[], int],
         connect: Callable[[], Transport],
         topology: Callable[[], Topology],
     ) -> None:
         self._app_id = app_id
         self._settings = settings
         self._telemetry = telemetry
-        self._clock = clock
+        self._now_ms = now_ms
         self._connect = connect
         self._topology = topology
-        self._sessions: dict[int, asyncio.Task[_Session]] = {}
-        _clients.add(self)
+        self._sessions: dict[int, asyncio.Task[Session]] = {}
+        portal.invite(self)
 
     async def trigger(
         self,
@@ -290,7 +175,6 @@ class Client:
 
         All threads of the process share one background thread and its connection.
         """
-        _refuse_event_loop("trigger_sync", "await trigger(...)")
         return portal.call(
             lambda: self.trigger(
                 task,
@@ -300,8 +184,37 @@ class Client:
                 expires=expires,
                 tags=tags,
                 run_id=run_id,
-            )
+            ),
+            name="trigger_sync",
+            instead="await trigger(...)",
         )
+
+    @asynccontextmanager
+    async def events(self, key: str = "#") -> AsyncIterator[AsyncIterator[Event]]:
+        """Hear the events of all runs whose `<event>.<task>` matches a topic pattern.
+
+        From the moment the block is entered until it is left. Needs a broker user who may declare
+        a queue; what happens while the connection is lost is kept for ten minutes.
+        """
+        session = await self._session()
+        heard: asyncio.Queue[Event] = asyncio.Queue()
+
+        def hear(message: Message) -> None:
+            with suppress(EnvelopeError):
+                heard.put_nowait(Event.read(message))
+
+        async def each() -> AsyncIterator[Event]:
+            while True:
+                yield await heard.get()
+
+        names = self._settings.names
+        queue = private_queue(names.reply(secrets.token_hex(8)))
+        binding = Binding(names.events, queue.name, key)
+        listener = await session.transport.listen(queue, (binding,), hear)
+        try:
+            yield each()
+        finally:
+            await listener.close()
 
     async def open(self) -> None:
         """Connect now rather than at the first trigger."""
@@ -340,7 +253,7 @@ class Client:
         run_id: str | None = None,
     ) -> Envelope:
         check_task_id(task)
-        now = self._clock.now_ms()
+        now = self._now_ms()
         delay_ms = round(seconds(delay) * 1000)
         parent = running_in.get()
         identity = _checked_id(run_id) if run_id is not None else uuid7(now)
@@ -359,7 +272,7 @@ class Client:
         )
 
     async def _publish(
-        self, session: _Session, run: Run[Any], envelope: Envelope, *, detach: bool
+        self, session: Session, run: Run[Any], envelope: Envelope, *, detach: bool
     ) -> None:
         trace = self._telemetry.trigger(
             envelope.task, envelope.run_id, parent_run=envelope.parent, detach=detach
@@ -384,7 +297,7 @@ class Client:
             return names.trigger_route(envelope.task), 0
         return names.delay_route(envelope.task, envelope.due_ms - envelope.sent_ms)
 
-    async def _session(self) -> _Session:
+    async def _session(self) -> Session:
         loop = asyncio.get_running_loop()
         opening = self._sessions.get(id(loop))
         if opening is None or opening.get_loop() is not loop:
@@ -397,8 +310,8 @@ class Client:
                 del self._sessions[id(loop)]
             raise
 
-    async def _open(self) -> _Session:
-        session = _Session(self._connect())
+    async def _open(self) -> Session:
+        session = Session(self._connect())
         try:
             await session.transport.open(timeout=self._settings.connect_timeout)
             if self._settings.declare:
@@ -408,103 +321,6 @@ class Client:
             await session.close()
             raise
         return session
-
-
-class _Session:
-    """What a client has in one event loop: a transport, and the runs it waits for."""
-
-    def __init__(self, transport: Transport) -> None:
-        self.transport = transport
-        self.reply_key: str | None = None
-        self.deaf: str | None = "this client does not listen for results"
-        self._listener: Consumer | None = None
-        self._runs: weakref.WeakValueDictionary[str, Run[Any]] = weakref.WeakValueDictionary()
-
-    async def listen(self, settings: Settings) -> None:
-        """Make the reply queue, unless results are not wanted or not allowed."""
-        if not settings.results:
-            self.deaf = "results are switched off (BROKERTASK_RESULTS=false)"
-            return
-        name = settings.names.reply(secrets.token_hex(8))
-        # It outlives a lost connection, and itself expires when the caller never comes back.
-        queue = Queue(name, {"x-expires": REPLY_QUEUE_EXPIRES_MS, "x-queue-type": "classic"})
-        try:
-            self._listener = await self.transport.listen(
-                queue, (Binding(settings.names.events, name, name),), self._hear
-            )
-        except (AccessDenied, ConfigurationError) as error:
-            self.deaf = f"this client cannot make a reply queue: {error}"
-            log.info("%s; triggering works, Run.result() does not", self.deaf)
-            return
-        self.deaf, self.reply_key = None, name
-
-    def expect(self, run: Run[Any]) -> None:
-        """Remember a run for as long as somebody holds it."""
-        self._runs[run.run_id] = run
-
-    def call(self, coroutine: Callable[[], Awaitable[T]]) -> T:
-        """Call from another thread into the loop of this session, which is the portal's."""
-        _refuse_event_loop("result_sync", "await run.result(...)")
-        return portal.call(coroutine)
-
-    async def close(self) -> None:
-        """Delete the reply queue and disconnect."""
-        if self._listener is not None:
-            with suppress(BrokertaskError):
-                await self._listener.close()
-        await self.transport.close()
-
-    def _hear(self, message: Message) -> None:
-        try:
-            event = Event.read(message)
-        except EnvelopeError as error:
-            log.warning("a reply that is no event: %s", error)
-            return
-        run = self._runs.get(event.run_id)
-        if run is not None:
-            run.hear(event)
-
-
-class _Portal:
-    """The background thread of the process, with an event loop for callers that have none."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._portal: BlockingPortal | None = None
-        self._stop: Callable[[], object] = lambda: None
-
-    def call(self, coroutine: Callable[[], Awaitable[T]]) -> T:
-        """Run a coroutine function on the thread's loop and return its result."""
-        with self._lock:
-            if self._portal is None:
-                starting = start_blocking_portal("asyncio", name="brokertask portal")
-                self._portal = starting.__enter__()
-                self._stop = lambda: starting.__exit__(None, None, None)
-            running = self._portal
-        return running.call(coroutine)
-
-    def close(self) -> None:
-        """Close the sessions used from plain threads, and the thread."""
-        if self._portal is not None:
-            for client in list(_clients):
-                with suppress(Exception):
-                    self._portal.call(client.close)
-            self._stop()
-            self._portal = None
-
-    def after_fork(self) -> None:
-        """The child has no such thread and must not touch the parent's connections."""
-        self._lock = threading.Lock()
-        self._portal = None
-        for client in list(_clients):
-            client.forget()
-
-
-portal: Final = _Portal()
-_clients: weakref.WeakSet[Client] = weakref.WeakSet()
-_ANYTHING: Final[TypeAdapter[Any]] = TypeAdapter(Any)
-os.register_at_fork(after_in_child=portal.after_fork)
-atexit.register(portal.close)
 
 
 def uuid7(now_ms: int) -> str:
@@ -532,9 +348,4 @@ def _checked_tags(tags: Sequence[str]) -> tuple[str, ...]:
     return tuple(tags)
 
 
-def _refuse_event_loop(name: str, instead: str) -> None:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return
-    raise ConfigurationError(f"{name} would block the event loop it is called in; use {instead}")
+_ANYTHING: Final[TypeAdapter[Any]] = TypeAdapter(Any)

@@ -26,7 +26,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal, TypeAlias
 
-
 Reason: TypeAlias = Literal[
     "max_attempts",
     "aborted",

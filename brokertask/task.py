@@ -22,7 +22,7 @@ import anyio.to_thread
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
-from brokertask.client import Client, Run, TriggerOptions
+from brokertask.client import Client, TriggerOptions
 from brokertask.context import Context
 from brokertask.durations import Duration, seconds
 from brokertask.errors import (
@@ -32,6 +32,7 @@ from brokertask.errors import (
     UnsupportedType,
 )
 from brokertask.retry import Retry
+from brokertask.run import Run
 from brokertask.topology import QueueOptions, TaskQueue, check_task_id
 
 P = TypeVar("P")

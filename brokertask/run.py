@@ -1,0 +1,187 @@
+"""A triggered run as its caller sees it, and the session that hears what becomes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+
+from pydantic import TypeAdapter
+
+from brokertask.durations import Duration, readable, seconds
+from brokertask.envelope import MSGPACK, Message, decode
+from brokertask.errors import (
+    AccessDenied,
+    BrokertaskError,
+    ConfigurationError,
+    EnvelopeError,
+    ResultTimeout,
+    ResultUnavailable,
+    RunExpired,
+    RunFailed,
+)
+from brokertask.events import COMPLETED, EXPIRED, FAILED, Event
+from brokertask.portal import portal
+from brokertask.settings import Settings
+from brokertask.topology import Binding, Queue
+from brokertask.transport.base import Consumer, Transport
+
+log = logging.getLogger("brokertask.client")
+R = TypeVar("R")
+
+REPLY_QUEUE_EXPIRES_MS: Final = 600_000
+"""A caller that lost its connection has this long to come back for its results."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunningIn:
+    """The run whose task is executing here: parent of what it triggers."""
+
+    run_id: str
+    root: str
+
+
+running_in: ContextVar[RunningIn | None] = ContextVar("brokertask_running_in", default=None)
+
+
+class Run(Generic[R]):
+    """A triggered run: its id, and its result once there is one.
+
+    Hold on to it if you want the result: what nobody holds is not kept.
+    """
+
+    def __init__(self, run_id: str, task: str, session: Session, result: TypeAdapter[R]) -> None:
+        self.run_id = run_id
+        self.task = task
+        self._session = session
+        self._type = result
+        self._ended = asyncio.Event()
+        self._event: Event | None = None
+        self._watchers: list[Callable[[Event], None]] = []
+
+    def __repr__(self) -> str:
+        return f"<Run {self.run_id} of {self.task}>"
+
+    async def result(self, *, timeout: Duration | None = None) -> R:
+        """Return what the task returned, waiting for it up to `timeout` (for ever by default).
+
+        Raises:
+            RunFailed: The run is in the dead-letter queue; `reason` and `error` say why.
+            RunExpired: It was not started in time.
+            ResultTimeout: Nothing was heard in time. The run goes on; ask again.
+            ResultUnavailable: This client does not listen for results.
+        """
+        if (why := self._session.deaf) is not None:
+            raise ResultUnavailable(why, run_id=self.run_id, task=self.task)
+        limit = None if timeout is None else seconds(timeout)
+        try:
+            async with asyncio.timeout(limit):
+                await self._ended.wait()
+        except TimeoutError:
+            raise ResultTimeout(
+                f"no result of run {self.run_id} of {self.task!r} within {readable(limit or 0)}; "
+                "it goes on",
+                run_id=self.run_id,
+                task=self.task,
+            ) from None
+        assert self._event is not None, "an ended run has its last event"
+        return self._read(self._event)
+
+    def result_sync(self, *, timeout: Duration | None = None) -> R:
+        """Return the result to a plain thread; for runs made by `trigger_sync`."""
+        return portal.call(
+            lambda: self.result(timeout=timeout),
+            name="result_sync",
+            instead="await run.result(...)",
+        )
+
+    def watch(self, watcher: Callable[[Event], None]) -> None:
+        """Call `watcher` in the event loop for each event of this run that its worker tells."""
+        self._watchers.append(watcher)
+
+    def hear(self, event: Event) -> None:
+        """Take in an event of this run; the session calls it."""
+        for watcher in self._watchers:
+            watcher(event)
+        if event.event in (COMPLETED, FAILED, EXPIRED):
+            self._event = event
+            self._ended.set()
+
+    def _read(self, event: Event) -> R:
+        if event.event == COMPLETED:
+            return self._type.validate_python(decode(event.result or b"\xc0", MSGPACK))
+        if event.event == EXPIRED:
+            raise RunExpired(
+                f"run {self.run_id} of {self.task!r} was not started before it expired",
+                run_id=self.run_id,
+                task=self.task,
+            )
+        error = event.error
+        raise RunFailed(
+            f"run {self.run_id} of {self.task!r} is in the dead-letter queue ({event.reason})"
+            + (f": {error.type}: {error.message}" if error else ""),
+            run_id=self.run_id,
+            task=self.task,
+            reason=event.reason or "unknown",
+            error={"type": error.type, "message": error.message} if error else {},
+        )
+
+
+class Session:
+    """What a client has in one event loop: a transport, and the runs it waits for."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        self.reply_key: str | None = None
+        self.deaf: str | None = "this client does not listen for results"
+        self._listener: Consumer | None = None
+        self._runs: weakref.WeakValueDictionary[str, Run[Any]] = weakref.WeakValueDictionary()
+
+    async def listen(self, settings: Settings) -> None:
+        """Make the reply queue, unless results are not wanted or not allowed."""
+        if not settings.results:
+            self.deaf = "results are switched off (BROKERTASK_RESULTS=false)"
+            return
+        name = settings.names.reply(secrets.token_hex(8))
+        queue = private_queue(name)
+        try:
+            self._listener = await self.transport.listen(
+                queue, (Binding(settings.names.events, name, name),), self._hear
+            )
+        except (AccessDenied, ConfigurationError) as error:
+            self.deaf = f"this client cannot make a reply queue: {error}"
+            log.info("%s; triggering works, Run.result() does not", self.deaf)
+            return
+        self.deaf, self.reply_key = None, name
+
+    def expect(self, run: Run[Any]) -> None:
+        """Remember a run for as long as somebody holds it."""
+        self._runs[run.run_id] = run
+
+    async def close(self) -> None:
+        """Delete the reply queue and disconnect."""
+        if self._listener is not None:
+            with suppress(BrokertaskError):
+                await self._listener.close()
+        await self.transport.close()
+
+    def _hear(self, message: Message) -> None:
+        try:
+            event = Event.read(message)
+        except EnvelopeError as error:
+            log.warning("a reply that is no event: %s", error)
+            return
+        run = self._runs.get(event.run_id)
+        if run is not None:
+            run.hear(event)
+
+
+def private_queue(name: str) -> Queue:
+    """Return a queue for one process; it outlives a lost connection, but not a lost owner."""
+    return Queue(name, {"x-expires": REPLY_QUEUE_EXPIRES_MS, "x-queue-type": "classic"})

@@ -1,0 +1,192 @@
+"""A test kit for users: run an app's tasks in a test, without a broker and without sleeping.
+
+```python
+async def test_a_flaky_upstream_is_retried() -> None:
+    async with Harness(app) as harness:
+        run = await process_document.trigger(Document(path="a.txt"))
+        await harness.drain()
+        assert harness[run].attempts == 3
+        assert await run.result() == Report(sections=2)
+```
+
+Messages take the same way as in production: they are written, routed, delivered, retried through
+the delay ladder and dead-lettered by the embedded broker. Only time is virtual: `drain` jumps over
+delays and backoffs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Final, Literal, TypeAlias
+
+from brokertask.app import App
+from brokertask.clock import VirtualClock
+from brokertask.deadletter import DeadLetter
+from brokertask.durations import Duration, readable, seconds
+from brokertask.envelope import MSGPACK, Message, decode
+from brokertask.errors import BrokertaskError
+from brokertask.events import COMPLETED, EXPIRED, FAILED, RETRYING, Event
+from brokertask.outcome import AttemptError
+from brokertask.run import Run
+from brokertask.topology import IN_PLACE_MS, Binding, Queue
+from brokertask.transport.memory import MemoryBroker, MemoryTransport
+
+__all__ = ["DrainTimeout", "Harness", "RunRecord"]
+
+Status: TypeAlias = Literal["retrying", "completed", "failed", "expired"]
+_STATUS: Final[Mapping[str, Status]] = {
+    RETRYING: "retrying",
+    COMPLETED: "completed",
+    FAILED: "failed",
+    EXPIRED: "expired",
+}
+_TURNS: Final = 5
+"""Turns of the event loop in which everything that is ready to happen has happened."""
+_PATIENCE: Final = 0.01
+
+
+class DrainTimeout(BrokertaskError, TimeoutError):
+    """Tasks were still running when `drain` had to return."""
+
+
+@dataclass(slots=True)
+class RunRecord:
+    """What was heard of one run."""
+
+    run_id: str
+    task: str
+    status: Status
+    attempts: int = 0
+    result: Any = None
+    """As plain values; `await run.result()` gives it as its type."""
+    reason: str | None = None
+    errors: list[AttemptError] = field(default_factory=list)
+    delays: list[float] = field(default_factory=list)
+    """The seconds between its attempts."""
+
+
+class Harness:
+    """An app with a worker and an embedded broker of its own, on virtual time.
+
+    Attributes:
+        runs: Every run that was attempted, by id, in the order they were first heard of.
+        broker: The embedded broker, with its faults: `drop_connections`, `block`, `stop`.
+        clock: The virtual clock.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        tasks: Iterable[str] | None = None,
+        concurrency: int | Mapping[str, int] | None = None,
+    ) -> None:
+        self.app = app
+        self.clock = VirtualClock()
+        self.broker = MemoryBroker(self.clock)
+        self.runs: dict[str, RunRecord] = {}
+        self._tasks = tasks
+        self._concurrency = concurrency
+        self._resources = AsyncExitStack()
+
+    def __getitem__(self, run: Run[Any] | str) -> RunRecord:
+        """Return what was heard of a run; KeyError if it was never attempted."""
+        return self.runs[run if isinstance(run, str) else run.run_id]
+
+    async def __aenter__(self) -> Harness:
+        stack, names = self._resources, self.app.settings.names
+        try:
+            stack.callback(self.broker.close)
+            stack.enter_context(self.app.on(self.broker))
+            self._worker = self.app.worker(tasks=self._tasks, concurrency=self._concurrency)
+            await self._worker.start()
+            stack.push_async_callback(self._worker.stop, grace=0)
+            listening = MemoryTransport(self.broker)
+            await listening.open(timeout=1)
+            stack.push_async_callback(listening.close)
+            queue = Queue(f"{names.namespace}.harness", {"x-queue-type": "classic"})
+            await listening.listen(queue, (Binding(names.events, queue.name, "#"),), self._hear)
+            await self.app.client.open()
+            stack.push_async_callback(self.app.client.close)
+        except BaseException:
+            await stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._resources.aclose()
+
+    async def drain(self, *, timeout: float = 10.0) -> None:
+        """Run everything there is, jumping over every delay, until nothing is left to happen.
+
+        Raises:
+            DrainTimeout: Tasks still run after `timeout` seconds of real time.
+        """
+        await self._until(None, timeout)
+
+    async def advance(self, duration: Duration, *, timeout: float = 10.0) -> None:
+        """Run what happens within the next `duration` of virtual time, and stop there.
+
+        Raises:
+            DrainTimeout: As `drain`.
+        """
+        await self._until(self.clock.now_ms() + round(seconds(duration) * 1000), timeout)
+
+    def dead_letters(self, task: str) -> list[DeadLetter]:
+        """Return what is in the dead-letter queue of a task, oldest first."""
+        queue = self.app.settings.names.dead_queue(task)
+        return [DeadLetter.read(message, task=task) for message in self.broker.messages(queue)]
+
+    async def _until(self, end_ms: int | None, timeout: float) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        while True:
+            await self._settle()
+            due = self.clock.next_ms()
+            busy = self._worker.busy > 0
+            if due is not None and (end_ms is None or due <= end_ms):
+                # A run that waits out the last milliseconds of its delay counts as busy.
+                if not busy or due <= self.clock.now_ms() + IN_PLACE_MS:
+                    self.clock.advance_to(due)
+                    continue
+            elif not busy:
+                break
+            if loop.time() > deadline:
+                raise DrainTimeout(
+                    f"{self._worker.busy} run(s) still going after {readable(timeout)}; "
+                    "does a task wait for something the test has to provide?"
+                )
+            await asyncio.sleep(_PATIENCE)
+        if end_ms is not None:
+            self.clock.advance_to(end_ms)
+
+    async def _settle(self) -> None:
+        """Let the event loop turn until nothing moves by itself."""
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+            if self._worker.busy:
+                await asyncio.sleep(_PATIENCE / 10)
+
+    def _hear(self, message: Message) -> None:
+        event = Event.read(message)
+        record = self.runs.setdefault(
+            event.run_id, RunRecord(event.run_id, event.task, _STATUS[event.event])
+        )
+        record.status = _STATUS[event.event]
+        record.attempts = event.attempt
+        record.reason = event.reason
+        if event.error is not None:
+            record.errors.append(event.error)
+        if event.delay_ms is not None:
+            record.delays.append(event.delay_ms / 1000)
+        if event.result is not None:
+            record.result = decode(event.result, MSGPACK)
