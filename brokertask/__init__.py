@@ -34,6 +34,7 @@ from brokertask.errors import (
     Unroutable,
     UnsupportedType,
 )
+from brokertask.events import Event
 from brokertask.retry import Retry
 from brokertask.run import Run
 from brokertask.settings import Settings
@@ -56,6 +57,7 @@ __all__ = [
     "Context",
     "DuplicateTask",
     "EnvelopeError",
+    "Event",
     "InvalidOption",
     "InvalidPayload",
     "PayloadError",

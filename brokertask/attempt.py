@@ -55,6 +55,8 @@ class Attempt:
     task: Task[Any, Any]
     envelope: Envelope
     deliveries: list[Delivery] = field(default_factory=list)
+    lost: int = 0
+    """How many of the attempts so far were deliveries that ended unsettled."""
     unread: EnvelopeError | None = None
     """Why the message is no run at all."""
     user: asyncio.Task[Outcome] | None = None

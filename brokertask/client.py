@@ -111,7 +111,9 @@ class Client:
         )
         session = await self._session()
         run: Run[Any] = Run(envelope.run_id, task, session, result or _ANYTHING)
-        await self._publish(session, run, envelope, detach=seconds(delay) >= JOINED_DELAY)
+        envelope, route = self._addressed(session, envelope, detach=seconds(delay) >= JOINED_DELAY)
+        with self._telemetry.send(route, trace=envelope.trace):
+            await self._publish(session, run, envelope, route)
         return run
 
     async def trigger_many(
@@ -147,14 +149,16 @@ class Client:
             for index, envelope in waiting:
                 run = results[index]
                 assert isinstance(run, Run)
+                addressed, route = self._addressed(session, envelope, detach=detach)
                 try:
-                    await self._publish(session, run, envelope, detach=detach)
+                    await self._publish(session, run, addressed, route)
                 except PublishError as error:
                     results[index] = error
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(IN_FLIGHT, len(envelopes))):
-                group.create_task(work())
+        with self._telemetry.send(self._settings.names.trigger_route(task), count=len(envelopes)):
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(IN_FLIGHT, len(envelopes))):
+                    group.create_task(work())
         runs = [run for run in results if isinstance(run, Run)]
         if len(runs) < len(results):
             raise BatchError(results)
@@ -271,31 +275,32 @@ class Client:
             app_id=self._app_id,
         )
 
-    async def _publish(
-        self, session: Session, run: Run[Any], envelope: Envelope, *, detach: bool
-    ) -> None:
+    def _addressed(
+        self, session: Session, envelope: Envelope, *, detach: bool
+    ) -> tuple[Envelope, Route]:
+        """Return the envelope with its trace and reply address, and where to publish it."""
+        names = self._settings.names
         trace = self._telemetry.trigger(
             envelope.task, envelope.run_id, parent_run=envelope.parent, detach=detach
         )
-        route, left = self._route(envelope)
-        message = replace(envelope, trace=trace, left_ms=left, reply_to=session.reply_key).message()
+        route, left = names.trigger_route(envelope.task), 0
+        if envelope.due_ms is not None and envelope.sent_ms is not None:
+            route, left = names.delay_route(envelope.task, envelope.due_ms - envelope.sent_ms)
+        return replace(envelope, trace=trace, left_ms=left, reply_to=session.reply_key), route
+
+    async def _publish(
+        self, session: Session, run: Run[Any], envelope: Envelope, route: Route
+    ) -> None:
         session.expect(run)
         try:
-            with self._telemetry.send(route, trace=trace):
-                await session.transport.publish(
-                    route, message, timeout=self._settings.publish_timeout
-                )
+            await session.transport.publish(
+                route, envelope.message(), timeout=self._settings.publish_timeout
+            )
         except PublishError as error:
             error.run_id = envelope.run_id
             self._telemetry.publish_failed(type(error).__name__)
             raise
         self._telemetry.triggered(envelope.task)
-
-    def _route(self, envelope: Envelope) -> tuple[Route, int]:
-        names = self._settings.names
-        if envelope.due_ms is None or envelope.sent_ms is None:
-            return names.trigger_route(envelope.task), 0
-        return names.delay_route(envelope.task, envelope.due_ms - envelope.sent_ms)
 
     async def _session(self) -> Session:
         loop = asyncio.get_running_loop()

@@ -390,7 +390,7 @@ class _Headers:
         if isinstance(value, bytes):
             value = value.decode("utf-8", "replace")
         # A foreign header must never make our own, which copies it, too large for a frame.
-        longest = {"baggage": 4_096, "tracestate": 512}.get(name, 128)
+        longest = {"baggage": 8_192, "tracestate": 512}.get(name, 128)
         return value if isinstance(value, str) and len(value.encode()) <= longest else None
 
     def texts(self, name: str) -> tuple[str, ...]:

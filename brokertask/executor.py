@@ -109,7 +109,7 @@ class Executor:
             return Attempt(task, envelope, [delivery], unread=error)
         # A lost delivery was an attempt: whoever had it died with it, or lost the broker.
         envelope = replace(envelope, attempt=envelope.attempt + delivery.lost)
-        return Attempt(task, envelope, [delivery])
+        return Attempt(task, envelope, [delivery], lost=delivery.lost)
 
     async def _execute(self, attempt: Attempt) -> None:
         finished = self._finished.pop(attempt.key, None)
@@ -133,7 +133,7 @@ class Executor:
                 self._finished.popitem(last=False)
 
     async def _outcome(self, attempt: Attempt) -> Outcome:
-        envelope, retry = attempt.envelope, attempt.task.options.retry
+        envelope = attempt.envelope
         if (early := _early_ms(envelope, self._clock.now_ms())) > IN_PLACE_MS:
             return Sleeping(early / 1000)
         if early > 0:
@@ -142,26 +142,34 @@ class Executor:
             # A delivery that was taken back while it waited for a slot comes again, to somebody.
             if self._interrupting or not attempt.live:
                 return Interrupted()
-            if envelope.expires_ms is not None and self._clock.now_ms() > envelope.expires_ms:
-                return Expired()
-            if envelope.attempt > retry.max_attempts:
-                return await self._performer.give_up(attempt, "crashed", _crashed(envelope))
             self._telemetry.active(attempt.task.id, 1)
             try:
-                with self._telemetry.attempt(
-                    envelope,
-                    attempt=envelope.attempt,
-                    max_attempts=retry.max_attempts,
-                    queue=self._names.queue(attempt.task.id),
-                    worker=self._worker,
-                    now_ms=self._clock.now_ms(),
-                ) as span:
-                    attempt.traceparent = span.traceparent
-                    outcome = await self._performer.perform(attempt, span)
-                    span.end(outcome, at_ms=self._clock.now_ms())
-                    return outcome
+                return await self._attempted(attempt)
             finally:
                 self._telemetry.active(attempt.task.id, -1)
+
+    async def _attempted(self, attempt: Attempt) -> Outcome:
+        """Return what an attempt in a slot comes to, with its span."""
+        envelope, retry = attempt.envelope, attempt.task.options.retry
+        now = self._clock.now_ms()
+        with self._telemetry.attempt(
+            replace(envelope, attempt=envelope.attempt - attempt.lost),
+            attempt=envelope.attempt,
+            max_attempts=retry.max_attempts,
+            queue=self._names.queue(attempt.task.id),
+            worker=self._worker,
+            now_ms=now,
+        ) as span:
+            attempt.traceparent = span.traceparent
+            outcome: Outcome
+            if envelope.expires_ms is not None and now > envelope.expires_ms:
+                outcome = Expired()
+            elif envelope.attempt > retry.max_attempts:
+                outcome = await self._performer.give_up(attempt, "crashed", _crashed(envelope))
+            else:
+                outcome = await self._performer.perform(attempt, span)
+            span.end(outcome, at_ms=self._clock.now_ms())
+            return outcome
 
     async def settle(self, attempt: Attempt, outcome: Outcome) -> None:
         """Tell the broker what an attempt came to. Nothing else in brokertask acks a delivery.
