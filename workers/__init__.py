@@ -1,0 +1,1 @@
+"""Deployable worker apps, written with brokertask's public names only."""

@@ -1,0 +1,9 @@
+"""The documents pipeline: fetch, summarise and split each document, then one run per section.
+
+brokertask worker workers.documents:app      # the worker
+make demo                                    # the whole job, on the embedded broker
+"""
+
+from workers.documents.tasks import app
+
+__all__ = ["app"]
