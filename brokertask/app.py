@@ -140,11 +140,11 @@ class App:
         if self._embedded is not None:
             return MemoryTransport(self._embedded)
         if url.startswith("unix:"):
-            from brokertask.transport.socket import SocketTransport  # noqa: PLC0415
+            from brokertask.transport.socket import SocketTransport
 
             return SocketTransport(Path(url.removeprefix("unix:")))
         # Embedded use, tests and the first five minutes do not pay for importing aio-pika.
-        from brokertask.transport.rabbitmq import RabbitTransport  # noqa: PLC0415
+        from brokertask.transport.rabbitmq import RabbitTransport
 
         return RabbitTransport(
             url,

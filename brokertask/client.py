@@ -100,7 +100,10 @@ class Client:
             task: The task's id.
             payload: Anything msgpack can carry; `Task.trigger` also checks its type.
             result: How to read the result; by default as plain values.
-            delay, expires, tags, run_id: See `TriggerOptions`.
+            delay: Start no sooner than after this long.
+            expires: Do not start later than after this long.
+            tags: Labels carried along.
+            run_id: The run's id; a new UUIDv7 by default.
 
         Raises:
             PublishError: The run was not taken, or (`unknown`) perhaps was; `run_id` is set.

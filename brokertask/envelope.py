@@ -1,7 +1,7 @@
 """What is on the wire for one message of a run: reading, limits, writing. Pure.
 
     body     payload bytes, verbatim from the trigger | memory (msgpack map), from `bt-memory` on
-    headers  AMQP properties + `bt-*`; see docs/concepts/wire-format.md, which this module implements
+    headers  AMQP properties and `bt-*`, as docs/concepts/wire-format.md specifies them
 
 A bare `msgpack(payload)` with no header at all is a valid trigger.
 """
@@ -40,7 +40,7 @@ Headers: TypeAlias = Mapping[str, HeaderValue]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """An AMQP message as brokertask sees it, in both directions; instants are ms since the epoch."""
+    """An AMQP message as brokertask sees it, both ways; instants are ms since the epoch."""
 
     body: bytes
     message_id: str | None = None
@@ -127,8 +127,7 @@ class Envelope:
     def message(self) -> Message:
         """Return it as the message to publish."""
         memory = self.memory.pack()
-        headers: dict[str, HeaderValue] = {"bt-version": VERSION, **self.trace}
-        for name, value in (
+        optional: tuple[tuple[str, HeaderValue], ...] = (
             ("bt-attempt", self.attempt if self.attempt > 1 else None),
             ("bt-seq", self.seq or None),
             ("bt-memory", len(self.payload) if memory else None),
@@ -144,9 +143,12 @@ class Envelope:
             ("bt-previous", self.previous),
             ("bt-origin", self.origin),
             ("bt-redrives", self.redrives or None),
-        ):
-            if value is not None:
-                headers[name] = value
+        )
+        headers: Headers = {
+            "bt-version": VERSION,
+            **self.trace,
+            **{name: value for name, value in optional if value is not None},
+        }
         check_headers(headers)
         return Message(
             body=self.payload + memory,

@@ -1,4 +1,4 @@
-"""What a delivery came to, as a closed set of values. `executor.settle` turns each into broker work.
+"""What a delivery came to: a closed set of values, each settled in its way by `executor.settle`.
 
 | outcome        | settled by                                                            |
 | -------------- | --------------------------------------------------------------------- |

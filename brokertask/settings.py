@@ -1,4 +1,4 @@
-"""Settings: the one reader of the environment. Each field is `BROKERTASK_` + its name in capitals."""
+"""The one reader of the environment: each setting is `BROKERTASK_` and its name in capitals."""
 
 from __future__ import annotations
 

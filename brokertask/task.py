@@ -65,11 +65,11 @@ class TaskOptions(TypedDict, total=False):
 class Options:
     """A task's options, checked and complete."""
 
-    retry: Retry = Retry()
-    concurrency: int = DEFAULT_CONCURRENCY
-    timeout: float | None = None
-    queue: QueueOptions = QueueOptions()
-    middleware: tuple[Middleware, ...] = ()
+    retry: Retry
+    concurrency: int
+    timeout: float | None
+    queue: QueueOptions
+    middleware: tuple[Middleware, ...]
 
 
 class Task(Generic[P, R]):

@@ -1,4 +1,4 @@
-"""Every exchange, queue and binding of a namespace, as data, and the routes messages take over them.
+"""Every exchange, queue and binding of a namespace, as data, and the routes over them.
 
     trigger ──► bt.tasks ──► bt.q.<task> ──► worker ──┬─► ack
                    ▲ (max_length: bt.in.<task>)       ├─► bt.delay ─► bt.delay.<ms> ─┐ (TTL)

@@ -33,7 +33,7 @@ WORK: Final = Path(".brokertask/demo")
 SUFFIXES: Final = ("", ".md", ".txt", ".rst")
 MOST_DOCUMENTS: Final = 60
 PATIENCE: Final = 120.0
-COLUMNS: Final = ("DOCUMENT", "STATUS", "ATTEMPTS", "SECTIONS", "WORDS", "TIME", "LAST ERROR")
+COLUMNS: Final = ("DOCUMENT", "STATUS", "ATTEMPTS", "SECTIONS", "TIME", "LAST ERROR")
 STYLES: Final = {"dead": "red", "completed": "green"}
 ENDED: Final = ("completed", "failed", "expired")
 console: Final = Console(highlight=False, soft_wrap=True)
@@ -192,7 +192,6 @@ def show(seen: Mapping[str, Seen], report: Path, seconds: float, *, embedded: bo
             "dead" if run.status == "failed" else run.status,
             str(run.attempts),
             str(len(run.result.get("sections", ()))),
-            str(run.result.get("words", "-")),
             f"{run.seconds:.2f} s",
             escape(run.error),
         )

@@ -59,15 +59,18 @@ class RabbitDelivery:
 
     @property
     def live(self) -> bool:
+        """Whether it can still be settled."""
         return not self._settled and self._session.alive
 
     async def ack(self) -> None:
+        """Settle it."""
         if self.live:
             self._settled = True
             with suppress(AMQPError, RuntimeError):
                 await self._session.channel.basic_ack(self._tag, wait=False)
 
     async def requeue(self) -> None:
+        """Give it back to its queue."""
         if self.live:
             self._settled = True
             with suppress(AMQPError, RuntimeError):
@@ -147,7 +150,7 @@ class RabbitConsumer:
             try:
                 await self._subscribe(RPC_TIMEOUT)
             except ConfigurationError as error:
-                log.error("%s; trying to restore it", error)  # noqa: TRY400 - no traceback for users
+                log.error("%s; trying to restore it", error)
                 await self._try_to_restore()
             except BrokertaskError as error:
                 log.debug("consumer of %s: %s", self._queue, error)
@@ -161,7 +164,7 @@ class RabbitConsumer:
             try:
                 await self._restore()
             except BrokertaskError as error:
-                log.error("%s cannot be restored: %s", self._queue, error)  # noqa: TRY400
+                log.error("%s cannot be restored: %s", self._queue, error)
 
     async def _subscribe(self, timeout: float) -> None:
         channel = await self._link.channel(confirms=False, timeout=timeout)

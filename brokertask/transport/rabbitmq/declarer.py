@@ -49,8 +49,8 @@ class Declarer:
         await self._each(topology.absent_bindings, _unbind, timeout)
         if mismatches:
             raise TopologyMismatch(
-                f"{len(mismatches)} on the broker differ(s) from the code, in arguments that cannot "
-                f"be changed: {'; '.join(mismatches)}. `brokertask topology plan` says how to mend it"
+                f"the broker differs from the code in what cannot be changed: {'; '.join(mismatches)}. "
+                "`brokertask topology plan` says how to mend it"
             )
 
     async def compare(self, topology: Topology, *, timeout: float) -> list[Difference]:

@@ -1,0 +1,359 @@
+"""A parent that keeps child processes at work: starts, watches, replaces and stops them.
+
+    starting ──► ready ◄──► reconnecting        blocked: no heartbeat, whatever it last said
+        └──────────┴─► draining ──► (gone) ──► starting, after a backoff
+
+Each child holds one end of a socket: it reports over it at least once a second, and sees by its
+end that the parent is gone. Orders go by signal: SIGTERM once to drain, again to stop at once.
+What the children do is no business of this module; it imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import signal
+import socket
+import time
+from asyncio.subprocess import DEVNULL, Process
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, TypeAlias
+
+log = logging.getLogger("brokertask.supervisor")
+
+State: TypeAlias = Literal["starting", "ready", "reconnecting", "draining", "blocked", "gone"]
+
+HEARTBEAT: Final = 0.5
+BLOCKED_AFTER: Final = 3.0
+"""Without a report for so long, a child's event loop does not run."""
+FIRST_PAUSE: Final = 0.5
+LONGEST_PAUSE: Final = 15.0
+STEADY_AFTER: Final = 5.0
+"""A child that was ready for so long did not die of its start: the backoff begins anew."""
+HURRY: Final = 5.0
+"""After the second signal, until SIGKILL."""
+DRAIN_MARGIN: Final = 20.0
+"""Beyond the grace period, for handing back and flushing, until SIGKILL."""
+MAX_REPORT: Final = 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a child tells its parent, as one line of JSON."""
+
+    state: State
+    busy: int = 0
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What it runs; told once, before it is ready."""
+    failure: str = ""
+    """Why it is about to exit, in place of printing it."""
+
+    def line(self) -> bytes:
+        """Return it as it is sent."""
+        told = {"state": self.state, "busy": self.busy}
+        return json.dumps(told | self._seldom()).encode() + b"\n"
+
+    def _seldom(self) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in (("about", self.about), ("failure", self.failure))
+            if value
+        }
+
+
+class Child:
+    """One process, from its start to its end."""
+
+    def __init__(self, number: int, process: Process, reported: Callable[[Report], None]) -> None:
+        self.number = number
+        self.pid = process.pid
+        self.busy = 0
+        self.failure = ""
+        self.told = False
+        self.ready_at: float | None = None
+        self.ready = asyncio.Event()
+        self.ended = asyncio.create_task(process.wait(), name=f"child {process.pid}")
+        self._process = process
+        self._reported = reported
+        self._state: State = "starting"
+        self._heard_at = time.monotonic()
+
+    @property
+    def state(self) -> State:
+        """What it is doing at this moment."""
+        if self.ended.done():
+            return "gone"
+        late = time.monotonic() - self._heard_at > BLOCKED_AFTER
+        return "blocked" if late and self.ready_at is not None else self._state
+
+    @property
+    def steady(self) -> bool:
+        """Whether it had been ready for a while."""
+        return self.ready_at is not None and time.monotonic() - self.ready_at > STEADY_AFTER
+
+    async def listen(self, channel: socket.socket) -> None:
+        """Take in its reports until it closes its end."""
+        reader, writer = await asyncio.open_unix_connection(sock=channel, limit=MAX_REPORT)
+        try:
+            while line := await reader.readline():
+                self._hear(Report(**json.loads(line)))
+        except (OSError, ValueError, TypeError) as error:
+            log.warning("process %d (pid %d) reports nonsense: %s", self.number, self.pid, error)
+        finally:
+            writer.close()
+
+    def _hear(self, report: Report) -> None:
+        self._heard_at = time.monotonic()
+        self._state, self.busy = report.state, report.busy
+        self.failure = report.failure or self.failure
+        if report.state == "ready" and self.ready_at is None:
+            self.ready_at = self._heard_at
+            self.ready.set()
+        self._reported(report)
+
+    async def until_ready(self) -> bool:
+        """Wait until it is ready; False if it ended before."""
+        ready = asyncio.create_task(self.ready.wait())
+        await asyncio.wait({ready, self.ended}, return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        return self.ready.is_set()
+
+    def send(self, sign: signal.Signals) -> None:
+        """Send it a signal, if it is still there."""
+        with suppress(ProcessLookupError):
+            self._process.send_signal(sign)
+
+    def end(self) -> str:
+        """Return how it ended, for people."""
+        code = self.ended.result()
+        if code >= 0:
+            return f"exit code {code}"
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = "unknown"
+        hint = ", perhaps out of memory" if -code == signal.SIGKILL else ""
+        return f"killed by signal {-code} ({name}){hint}"
+
+
+class Supervisor:
+    """Keeps `processes` children running until it is told to stop.
+
+    Args:
+        command: The program and its arguments; the number of a file descriptor is added.
+        processes: How many children.
+        grace: How long a drain may take, until a child says its own.
+        fatal: Exit codes that a restart cannot mend: the first child that ends with one before
+            any was ever ready ends everything, with that code.
+        environment: The children's, in place of this process's.
+        reported: Called with every report of every child.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        processes: int = 1,
+        grace: float = 60.0,
+        fatal: Collection[int] = (),
+        environment: Mapping[str, str] | None = None,
+        reported: Callable[[Report], None] = lambda _: None,
+    ) -> None:
+        self.restarts = 0
+        self._command = tuple(command)
+        self._grace = grace
+        self._fatal = frozenset(fatal)
+        self._environment = environment
+        self._reported = reported
+        self._places: dict[int, Child | None] = dict.fromkeys(range(1, processes + 1))
+        self._children: set[Child] = set()
+        self._readers: set[asyncio.Task[None]] = set()
+        self._signals = 0
+        self._stopping = asyncio.Event()
+        self._proven = asyncio.Event()
+        self._code = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether every child is ready, at this moment."""
+        return not self.stopping and all(
+            child is not None and child.state == "ready" for child in self._places.values()
+        )
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was told to stop."""
+        return self._stopping.is_set()
+
+    @property
+    def busy(self) -> int:
+        """How many deliveries all children hold, as last reported."""
+        return sum(child.busy for child in self._children)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the state of everything, for the health endpoint."""
+        return {
+            "ready": self.ready,
+            "stopping": self.stopping,
+            "restarts": self.restarts,
+            "processes": [
+                {
+                    "number": number,
+                    "pid": child.pid if child else None,
+                    "state": child.state if child else "gone",
+                    "busy": child.busy if child else 0,
+                }
+                for number, child in self._places.items()
+            ],
+        }
+
+    async def run(self) -> int:
+        """Supervise until `interrupt`, and return the exit code: 0 if every child drained."""
+        keepers = [
+            asyncio.create_task(self._keep(number), name=f"keeper {number}")
+            for number in self._places
+        ]
+        try:
+            await asyncio.gather(*keepers)
+            # Those that were replaced may still drain.
+            await asyncio.gather(*(self._finish(child) for child in list(self._children)))
+        except BaseException:
+            for child in self._children:
+                child.send(signal.SIGKILL)
+            raise
+        finally:
+            for task in (*keepers, *self._readers):
+                task.cancel()
+        return self._code
+
+    def interrupt(self) -> None:
+        """Stop: the first call lets runs finish, a second one does not wait for them."""
+        self._signals += 1
+        if self._signals == 1:
+            held = f"; {self.busy} run(s) may finish, a second signal stops at once"
+            log.info("stopping%s", held if self.busy else "")
+        self._stopping.set()
+        for child in list(self._children):
+            child.send(signal.SIGTERM)
+            deadline = HURRY if self._signals > 1 else self._grace + DRAIN_MARGIN
+            asyncio.get_running_loop().call_later(deadline, child.send, signal.SIGKILL)
+
+    async def replace(self) -> bool:
+        """Put a new child in the place of each, and drain the old one once the new is ready.
+
+        Returns False, and keeps what runs, when a new child ends before it was ready.
+        """
+        for number in self._places:
+            new = await self._start(number)
+            if new is None or not await new.until_ready():
+                if new is not None:
+                    await self._finish(new)
+                return False
+            old, self._places[number] = self._places[number], new
+            if old is not None:
+                old.send(signal.SIGTERM)
+        return True
+
+    async def _keep(self, number: int) -> None:
+        """Keep one place taken until the end."""
+        if number > 1:
+            # One child finds out whether the app works at all: a mistake is shown once.
+            await self._first(self._proven.wait(), self._stopping.wait())
+        failures = 0
+        while not self.stopping:
+            child = self._places[number] = await self._start(number)
+            while child is not None:
+                await self._finish(child)
+                if child is self._places[number] or self.stopping:
+                    break
+                child = self._places[number]
+            failures = 1 if child is not None and child.steady else failures + 1
+            if self.stopping or self._give_up(child):
+                return
+            await self._pause(number, child, failures)
+
+    async def _finish(self, child: Child) -> None:
+        """Wait for the end of a child, and count it in the exit code if it was told to end."""
+        code = await child.ended
+        if child not in self._children:
+            return
+        self._children.discard(child)
+        # A child may be hit by the signal before it can listen for it; it held nothing then.
+        unaware = code == -signal.SIGTERM and child.ready_at is None
+        if self.stopping and code and not unaware and not self._code:
+            log.warning("process %d (pid %d) ended badly: %s", child.number, child.pid, child.end())
+            self._code = 1
+
+    def _give_up(self, child: Child | None) -> bool:
+        if child is None or self._proven.is_set() or child.ended.result() not in self._fatal:
+            return False
+        self._code = child.ended.result()
+        self._stopping.set()
+        return True
+
+    async def _pause(self, number: int, child: Child | None, failures: int) -> None:
+        """Say why a place is empty, and wait before filling it again."""
+        self.restarts += 1
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(failures - 1, 10))
+        pause *= random.uniform(0.5, 1)
+        if child is None:
+            return await self._first(self._stopping.wait(), asyncio.sleep(pause))
+        why = child.failure or child.end()
+        log.warning(
+            "process %d (pid %d) ended: %s; the next starts in %.1f s",
+            number,
+            child.pid,
+            why,
+            pause,
+        )
+        return await self._first(self._stopping.wait(), asyncio.sleep(pause))
+
+    async def _start(self, number: int) -> Child | None:
+        """Start a process; None, and a line in the log, if the system has none to give."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            descriptor = theirs.fileno()
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *self._command,
+                    str(descriptor),
+                    stdin=DEVNULL,
+                    env=self._environment,
+                    pass_fds=[descriptor],
+                    # The terminal's Ctrl-C is for the parent, which passes it on in order.
+                    start_new_session=True,
+                )
+            except OSError as error:
+                ours.close()
+                log.error("process %d cannot be started: %s", number, error)
+                return None
+        child = Child(number, process, self._hear)
+        self._children.add(child)
+        reading = asyncio.create_task(self._read(child, ours), name=f"reports of {child.pid}")
+        self._readers.add(reading)
+        reading.add_done_callback(self._readers.discard)
+        if self.stopping:
+            child.send(signal.SIGTERM)
+        return child
+
+    async def _read(self, child: Child, channel: socket.socket) -> None:
+        await child.listen(channel)
+
+    def _hear(self, report: Report) -> None:
+        self._grace = float(report.about.get("grace", self._grace))
+        if report.state == "ready" and not self._proven.is_set():
+            self._proven.set()
+        self._reported(report)
+
+    @staticmethod
+    async def _first(*waits: Any) -> None:
+        tasks = [asyncio.ensure_future(wait) for wait in waits]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
