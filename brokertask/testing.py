@@ -27,13 +27,14 @@ from brokertask.app import App
 from brokertask.clock import VirtualClock
 from brokertask.deadletter import DeadLetter
 from brokertask.durations import Duration, readable, seconds
-from brokertask.envelope import MSGPACK, Message, decode
+from brokertask.envelope import Message
 from brokertask.errors import BrokertaskError
 from brokertask.events import COMPLETED, EXPIRED, FAILED, RETRYING, Event
 from brokertask.outcome import AttemptError
 from brokertask.run import Run
 from brokertask.topology import IN_PLACE_MS, Binding, Queue
 from brokertask.transport.memory import MemoryBroker, MemoryTransport
+from brokertask.values import MSGPACK, decode
 
 __all__ = ["DrainTimeout", "Harness", "RunRecord"]
 
@@ -140,6 +141,10 @@ class Harness:
             DrainTimeout: As `drain`.
         """
         await self._until(self.clock.now_ms() + round(seconds(duration) * 1000), timeout)
+
+    async def stop_worker(self, *, grace: float = 10.0) -> None:
+        """Stop the harness's own worker, as a SIGTERM would; what it had not done stays queued."""
+        await self._worker.stop(grace=grace)
 
     def dead_letters(self, task: str) -> list[DeadLetter]:
         """Return what is in the dead-letter queue of a task, oldest first."""

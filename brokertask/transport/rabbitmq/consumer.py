@@ -21,6 +21,7 @@ from brokertask.transport.rabbitmq.link import Link, close_quietly, describe, ra
 log = logging.getLogger("brokertask.rabbitmq")
 
 RPC_TIMEOUT: Final = 30.0
+CANCEL_TIMEOUT: Final = 5.0
 RESUME_PAUSE: Final = 0.5
 Prepare = Callable[[AbstractChannel], Awaitable[None]]
 
@@ -121,7 +122,7 @@ class RabbitConsumer:
             await asyncio.gather(self._keeper, return_exceptions=True)
         if self._session is not None and self._session.alive and self._tag is not None:
             with suppress(AMQPError, RuntimeError, TimeoutError, OSError):
-                await self._session.channel.basic_cancel(self._tag, timeout=RPC_TIMEOUT)
+                await self._session.channel.basic_cancel(self._tag, timeout=CANCEL_TIMEOUT)
 
     async def close(self) -> None:
         """See `Consumer.close`."""

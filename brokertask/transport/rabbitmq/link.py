@@ -167,6 +167,9 @@ def raise_if_cancelled(error: asyncio.CancelledError) -> None:
 
 async def close_quietly(resource: AbstractConnection | AbstractChannel) -> None:
     """Close a connection or channel that may be half dead, within a bounded time."""
-    with suppress(AMQPError, OSError, RuntimeError, TimeoutError, asyncio.CancelledError):
-        async with asyncio.timeout(CLOSE_TIMEOUT):
-            await resource.close()
+    try:
+        with suppress(AMQPError, OSError, RuntimeError, TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await resource.close()
+    except asyncio.CancelledError as error:
+        raise_if_cancelled(error)

@@ -1,0 +1,40 @@
+"""Fixtures for every suite: the event loop, and a RabbitMQ of this run's own."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from infra.rabbitmq.node import Node
+
+NODE_VARIABLE = "BROKERTASK_TEST_NODE"
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A private node for this run; or that in the folder BROKERTASK_TEST_NODE, left running."""
+    kept = os.environ.get(NODE_VARIABLE)
+    node = Node.create(kept or tmp_path_factory.mktemp("rabbitmq"))
+    try:
+        node.start()
+    except (Exception, SystemExit) as error:
+        pytest.fail(f"these tests need RabbitMQ, and it does not start: {error}", pytrace=False)
+    yield node
+    if not kept:
+        node.destroy()
+
+
+@pytest.fixture
+def amqp_url(rabbitmq_node: Node) -> Iterator[str]:
+    """The URL of a fresh virtual host, deleted after the test."""
+    vhost = f"test-{uuid.uuid4().hex[:12]}"
+    yield rabbitmq_node.add_vhost(vhost)
+    rabbitmq_node.delete_vhost(vhost)
