@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from brokertask.clock import Clock
 from brokertask.context import Context
-from brokertask.envelope import MAX_TRACEBACK, Envelope, clip, encode
+from brokertask.envelope import MAX_TRACEBACK, Envelope
 from brokertask.errors import EnvelopeError, InvalidPayload, Reason
 from brokertask.outcome import (
     AttemptError,
@@ -32,9 +32,11 @@ from brokertask.outcome import (
     Succeeded,
 )
 from brokertask.run import RunningIn, running_in
-from brokertask.task import CallNext, Middleware, Task, explain
+from brokertask.task import CallNext, Middleware, Task
 from brokertask.telemetry import AttemptSpan
 from brokertask.transport.base import Delivery
+from brokertask.typed import dump, explain
+from brokertask.values import clip, encode
 
 log = logging.getLogger("brokertask.worker")
 
@@ -111,7 +113,8 @@ class Performer:
         """Run the task's code within its timeout and return what it came to, whatever it does."""
         attempt.context = self._context(attempt, span.trace_id)
         envelope, timeout = attempt.envelope, attempt.task.options.timeout
-        running_in.set(RunningIn(envelope.run_id, envelope.root or envelope.run_id))
+        root, loop = envelope.root or envelope.run_id, asyncio.get_running_loop()
+        running_in.set(RunningIn(envelope.run_id, root, loop))
         user = attempt.user = asyncio.create_task(
             self._run(attempt), name=f"{attempt.task.id} {envelope.run_id}"
         )
@@ -168,13 +171,13 @@ class Performer:
 
     async def _succeeded(self, attempt: Attempt, result: Any) -> Outcome:
         try:
-            body = encode(attempt.task.result_type.dump_python(result, warnings=False))
+            body = encode(dump(attempt.task.result_type, result))
             if len(body) > self._max_result_bytes:
                 raise InvalidPayload(
                     f"the result is {len(body)} bytes, the limit is {self._max_result_bytes} "
                     "(max_payload_bytes)"
                 )
-        except (InvalidPayload, ValueError, TypeError) as error:
+        except InvalidPayload as error:
             return await self.give_up(attempt, "bad_result", error)
         await self._call_hooks(attempt, attempt.task.success_hooks, result)
         return Succeeded(body)

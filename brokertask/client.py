@@ -7,6 +7,7 @@ is used from, and one background thread with a loop of its own for callers that 
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -16,7 +17,7 @@ from typing import Any, Final, TypedDict
 from pydantic import TypeAdapter
 
 from brokertask.durations import Duration, seconds
-from brokertask.envelope import Envelope, Message, encode
+from brokertask.envelope import MAX_ID, MAX_TAGS, Envelope, Message
 from brokertask.errors import (
     BatchError,
     BrokertaskError,
@@ -24,14 +25,18 @@ from brokertask.errors import (
     InvalidOption,
     PayloadTooLarge,
     PublishError,
+    TopologyMismatch,
 )
 from brokertask.events import Event
 from brokertask.portal import portal
-from brokertask.run import Run, Session, private_queue, running_in
+from brokertask.run import Run, Session, from_thread, private_queue, running_in
 from brokertask.settings import Settings
 from brokertask.telemetry import Telemetry
 from brokertask.topology import IN_PLACE_MS, Binding, Route, Topology, check_task_id
 from brokertask.transport.base import Transport
+from brokertask.values import encode
+
+log = logging.getLogger("brokertask.client")
 
 IN_FLIGHT: Final = 256
 """Publishes of one `trigger_many` that wait for their confirm at a time."""
@@ -39,8 +44,6 @@ JOINED_FAN_OUT: Final = 50
 """Larger fan-outs get traces of their own: trace viewers are slow beyond some thousand spans."""
 JOINED_DELAY: Final = 300.0
 """Runs that begin later than this get a trace of their own, linked to the one that asked."""
-MAX_TAGS: Final = 32
-MAX_TAG: Final = 128
 
 
 class TriggerOptions(TypedDict, total=False):
@@ -182,7 +185,7 @@ class Client:
 
         All threads of the process share one background thread and its connection.
         """
-        return portal.call(
+        return from_thread(
             lambda: self.trigger(
                 task,
                 payload,
@@ -318,12 +321,19 @@ class Client:
                 del self._sessions[id(loop)]
             raise
 
+    async def _declare(self, transport: Transport) -> None:
+        try:
+            await transport.declare(self._topology())
+        except TopologyMismatch as error:
+            # Triggering works all the same; it is the worker that must not start like this.
+            log.error("%s", error)
+
     async def _open(self) -> Session:
         session = Session(self._connect())
         try:
             await session.transport.open(timeout=self._settings.connect_timeout)
             if self._settings.declare:
-                await session.transport.declare(self._topology())
+                await self._declare(session.transport)
             await session.listen(self._settings)
         except BaseException:
             await session.close()
@@ -343,17 +353,23 @@ def uuid7(now_ms: int) -> str:
 
 
 def _checked_id(run_id: str) -> str:
-    if not (0 < len(run_id) <= MAX_TAG and run_id.isprintable()):
-        raise InvalidOption(f"a run id is 1 to {MAX_TAG} printable characters, not {run_id[:40]!r}")
+    if not _is_label(run_id):
+        raise InvalidOption(
+            f"a run id is printable text of 1 to {MAX_ID} bytes, not {run_id!r:.40}"
+        )
     return run_id
 
 
 def _checked_tags(tags: Sequence[str]) -> tuple[str, ...]:
     if isinstance(tags, str):
         raise InvalidOption(f"tags are a list of texts, not one text: [{tags[:40]!r}]")
-    if len(tags) > MAX_TAGS or any(not 0 < len(tag) <= MAX_TAG for tag in tags):
-        raise InvalidOption(f"at most {MAX_TAGS} tags of 1 to {MAX_TAG} characters")
+    if len(tags) > MAX_TAGS or not all(_is_label(tag) for tag in tags):
+        raise InvalidOption(f"at most {MAX_TAGS} tags, each printable text of 1 to {MAX_ID} bytes")
     return tuple(tags)
+
+
+def _is_label(text: object) -> bool:
+    return isinstance(text, str) and text.isprintable() and 0 < len(text.encode()) <= MAX_ID
 
 
 _ANYTHING: Final[TypeAdapter[Any]] = TypeAdapter(Any)

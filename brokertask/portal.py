@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import os
 import threading
@@ -12,8 +11,6 @@ from typing import Final, Protocol, TypeVar
 from weakref import WeakSet
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
-
-from brokertask.errors import ConfigurationError
 
 T = TypeVar("T")
 
@@ -43,18 +40,8 @@ class Portal:
         """Remember who is to be closed at exit, and told of a fork."""
         self._guests.add(guest)
 
-    def call(self, work: Callable[[], Awaitable[T]], *, name: str, instead: str) -> T:
-        """Run a coroutine function on the thread's loop and return its result.
-
-        Raises:
-            ConfigurationError: It was called in an event loop, which it would block.
-        """
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            pass
-        else:
-            raise ConfigurationError(f"{name} would block the event loop; use {instead}")
+    def call(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Run a coroutine function on the thread's loop and return its result."""
         with self._lock:
             if self._running is None:
                 starting = start_blocking_portal("asyncio", name="brokertask portal")

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,12 +15,13 @@ from typing import Any, Final, Generic, TypeVar
 from pydantic import TypeAdapter
 
 from brokertask.durations import Duration, readable, seconds
-from brokertask.envelope import MSGPACK, Message, decode
+from brokertask.envelope import Message
 from brokertask.errors import (
     AccessDenied,
     BrokertaskError,
     ConfigurationError,
     EnvelopeError,
+    InvalidPayload,
     ResultTimeout,
     ResultUnavailable,
     RunExpired,
@@ -31,9 +32,12 @@ from brokertask.portal import portal
 from brokertask.settings import Settings
 from brokertask.topology import Binding, Queue
 from brokertask.transport.base import Consumer, Transport
+from brokertask.typed import load
+from brokertask.values import MSGPACK, decode
 
 log = logging.getLogger("brokertask.client")
 R = TypeVar("R")
+T = TypeVar("T")
 
 REPLY_QUEUE_EXPIRES_MS: Final = 600_000
 """A caller that lost its connection has this long to come back for its results."""
@@ -45,6 +49,8 @@ class RunningIn:
 
     run_id: str
     root: str
+    loop: asyncio.AbstractEventLoop
+    """The worker's, where tasks in threads may send what needs a loop."""
 
 
 running_in: ContextVar[RunningIn | None] = ContextVar("brokertask_running_in", default=None)
@@ -75,7 +81,7 @@ class Run(Generic[R]):
             RunFailed: The run is in the dead-letter queue; `reason` and `error` say why.
             RunExpired: It was not started in time.
             ResultTimeout: Nothing was heard in time. The run goes on; ask again.
-            ResultUnavailable: This client does not listen for results.
+            ResultUnavailable: This client does not listen for results, or expects another type.
         """
         if (why := self._session.deaf) is not None:
             raise ResultUnavailable(why, run_id=self.run_id, task=self.task)
@@ -95,7 +101,7 @@ class Run(Generic[R]):
 
     def result_sync(self, *, timeout: Duration | None = None) -> R:
         """Return the result to a plain thread; for runs made by `trigger_sync`."""
-        return portal.call(
+        return from_thread(
             lambda: self.result(timeout=timeout),
             name="result_sync",
             instead="await run.result(...)",
@@ -115,7 +121,7 @@ class Run(Generic[R]):
 
     def _read(self, event: Event) -> R:
         if event.event == COMPLETED:
-            return self._type.validate_python(decode(event.result or b"\xc0", MSGPACK))
+            return self._typed(event.result or b"\xc0")
         if event.event == EXPIRED:
             raise RunExpired(
                 f"run {self.run_id} of {self.task!r} was not started before it expired",
@@ -131,6 +137,18 @@ class Run(Generic[R]):
             reason=event.reason or "unknown",
             error={"type": error.type, "message": error.message} if error else {},
         )
+
+    def _typed(self, result: bytes) -> R:
+        try:
+            value: R = load(self._type, decode(result, MSGPACK))
+        except (InvalidPayload, EnvelopeError) as error:
+            raise ResultUnavailable(
+                f"run {self.run_id} of {self.task!r} completed, but its result is of another "
+                f"type here: {error}",
+                run_id=self.run_id,
+                task=self.task,
+            ) from None
+        return value
 
 
 class Session:
@@ -180,6 +198,21 @@ class Session:
         run = self._runs.get(event.run_id)
         if run is not None:
             run.hear(event)
+
+
+def from_thread(work: Callable[[], Coroutine[Any, Any, T]], *, name: str, instead: str) -> T:
+    """Run a coroutine function for a thread: on its worker's loop if a task runs in it.
+
+    Any other thread is served by the portal, whose connection all of them share.
+    """
+    inside = running_in.get()
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        if inside is not None:
+            return asyncio.run_coroutine_threadsafe(work(), inside.loop).result()
+        return portal.call(work)
+    raise ConfigurationError(f"{name} would block the event loop; use {instead}")
 
 
 def private_queue(name: str) -> Queue:

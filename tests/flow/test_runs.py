@@ -409,6 +409,26 @@ async def test_children_know_their_parent_and_root(app: App) -> None:
         assert (leaf_parent, leaf_root) == (branch_id, run.run_id)
 
 
+async def test_a_task_in_a_thread_fans_out_over_its_workers_connection(app: App) -> None:
+    parents: list[str | None] = []
+
+    @app.task
+    def leaf(number: int, ctx: Context) -> int:
+        parents.append(ctx.parent)
+        return number
+
+    @app.task
+    def trunk(count: int) -> int:
+        runs = [leaf.trigger_sync(number) for number in range(count)]
+        return sum(run.result_sync(timeout=5) for run in runs)
+
+    async with Harness(app) as harness:
+        run = await trunk.trigger(4)
+        await harness.drain()
+        assert await run.result(timeout=1) == 6
+        assert parents == [run.run_id] * 4
+
+
 async def test_a_result_that_cannot_be_sent_is_buried_as_such(app: App) -> None:
     @app.task
     async def opaque() -> Any:
