@@ -11,13 +11,18 @@ from pamqp.commands import Basic
 
 from brokertask.envelope import Message
 from brokertask.topology import Route
+from brokertask.transport.base import own_headers
 
 PERSISTENT: Final = 2
 
 
 def properties_of(message: Message, route: Route) -> Basic.Properties:
     """Return the AMQP properties to publish `message` with."""
-    headers: dict[str, Any] = dict(message.headers)
+    headers: dict[str, Any] = {
+        # pamqp writes a bytearray as AMQP's byte array, and bytes not at all.
+        name: bytearray(value) if isinstance(value, bytes) else value
+        for name, value in own_headers(message.headers).items()
+    }
     if route.also:
         headers["CC"] = list(route.also)
     at = message.timestamp_ms
@@ -50,8 +55,19 @@ def message_of(delivered: DeliveredMessage) -> Message:
         reply_to=properties.reply_to,
         correlation_id=properties.correlation_id,
         timestamp_ms=None if at is None else round(at.timestamp() * 1000),
-        headers={name: value for name, value in headers.items() if name != "CC"},
+        headers={name: _plain(value) for name, value in headers.items() if name != "CC"},
     )
+
+
+def _plain(value: Any) -> Any:
+    """Return a header's value with instants as ms since the epoch, as everywhere in brokertask."""
+    if isinstance(value, datetime):
+        return round(value.timestamp() * 1000)
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return bytes(value) if isinstance(value, bytearray) else value
 
 
 def lost_deliveries(delivered: DeliveredMessage) -> int:

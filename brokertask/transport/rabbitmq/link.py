@@ -36,13 +36,14 @@ class Link:
         self._connection: AbstractConnection | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
+        self._closed = False
         # Set while there is an answer for callers: a connection, or a refusal to have one.
         self._answer = asyncio.Event()
 
     @property
     def up(self) -> bool:
         """Whether it is not needed yet, or connected at this moment."""
-        return self._keeper is None or self._connection is not None
+        return not self._closed and (self._keeper is None or self._connection is not None)
 
     async def connection(self, *, timeout: float | None) -> AbstractConnection:
         """Return the connection, waiting for it up to `timeout` seconds.
@@ -51,6 +52,8 @@ class Link:
             BrokerUnavailable: There was none in that time.
             AccessDenied: The broker refuses the user, the password or the virtual host.
         """
+        if self._closed:
+            raise BrokerUnavailable("this transport is closed; nothing was sent")
         if self._keeper is None:
             self._keeper = asyncio.create_task(self._keep(), name=f"brokertask link {self._name}")
         try:
@@ -85,6 +88,7 @@ class Link:
 
     async def close(self) -> None:
         """Disconnect for good."""
+        self._closed = True
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
             keeper.cancel()

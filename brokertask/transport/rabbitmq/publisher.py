@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
@@ -23,6 +24,7 @@ from brokertask.errors import (
     AccessDenied,
     BrokerBlocked,
     BrokertaskError,
+    InvalidPayload,
     PublishError,
     PublishUnknown,
     QueueFull,
@@ -75,6 +77,8 @@ class Publisher:
             except Returned as error:
                 if mandatory:
                     raise _unroutable(route, error) from error
+            except (TypeError, ValueError, struct.error) as error:
+                raise InvalidPayload(f"a message property cannot be sent: {error}") from error
             except (AMQPError, OSError, RuntimeError) as error:
                 raise translate(error, route) from error
 
