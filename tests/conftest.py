@@ -22,9 +22,8 @@ def anyio_backend() -> str:
 def rabbitmq_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """A private node for this run; or that in the folder BROKERTASK_TEST_NODE, left running."""
     kept = os.environ.get(NODE_VARIABLE)
-    node = Node.create(kept or tmp_path_factory.mktemp("rabbitmq"))
     try:
-        node.start()
+        node = Node.create(kept or tmp_path_factory.mktemp("rabbitmq")).start()
     except (Exception, SystemExit) as error:
         pytest.fail(f"these tests need RabbitMQ, and it does not start: {error}", pytrace=False)
     yield node

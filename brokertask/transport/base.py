@@ -126,9 +126,11 @@ class Transport(Protocol):
         """Return once the broker has `message` on its disk, in every queue it is routed to.
 
         Messages published by one task arrive in order. Concurrent calls share round trips.
+        `timestamp_ms` travels in whole seconds, headers without `BROKER_HEADERS`.
 
         Raises:
-            Unroutable: `mandatory`, and no queue is bound for the route.
+            InvalidPayload: A property or header has no form on the wire; nothing was sent.
+            Unroutable: No such exchange, or `mandatory` and no queue is bound for the route.
             QueueFull: A queue refused it, for its length or for want of resources.
             BrokerBlocked: An alarm is on. `unknown` is set when the alarm came after sending.
             BrokerUnavailable: There was no connection within `timeout`; nothing was sent.
