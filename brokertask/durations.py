@@ -13,6 +13,8 @@ Duration: TypeAlias = float | str | timedelta
 """Seconds as a number, text of the units d, h, m, s and ms ("1h30m", "250ms"), or a timedelta."""
 
 UNITS: Final = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+LONGEST: Final = 36_525 * 86_400.0
+"""A century: whatever it is added to stays a date."""
 _PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|d|h|m|s)")
 
 
@@ -23,18 +25,18 @@ def seconds(duration: Duration) -> float:
     (5400.0, 0.25, 5.0)
 
     Raises:
-        InvalidOption: It is negative, not finite, or not understood.
+        InvalidOption: It is negative, longer than a century, or not understood.
     """
     if isinstance(duration, timedelta):
         value = duration.total_seconds()
     elif isinstance(duration, str):
         value = _parse(duration)
-    elif isinstance(duration, bool):
-        raise InvalidOption(f"a duration is a number of seconds or text, not {duration!r}")
+    elif isinstance(duration, int | float) and not isinstance(duration, bool):
+        value = float(duration) if duration <= LONGEST else math.inf
     else:
-        value = float(duration)
-    if not math.isfinite(value) or value < 0:
-        raise InvalidOption(f"a duration is 0 or more seconds, not {duration!r}")
+        raise InvalidOption(f"a duration is a number of seconds or text, not {duration!r}")
+    if not 0 <= value <= LONGEST:
+        raise InvalidOption(f"a duration is 0 seconds to 100 years, not {duration!r}")
     return value
 
 

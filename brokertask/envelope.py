@@ -9,28 +9,21 @@ A bare `msgpack(payload)` with no header at all is a valid trigger.
 from __future__ import annotations
 
 import hashlib
-import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime
-from typing import Any, Final, TypeAlias, cast
+from dataclasses import asdict, dataclass, field, replace
+from typing import Final, TypeAlias
 
-import msgpack
-from pydantic import SecretBytes, SecretStr
-from pydantic_core import to_jsonable_python
-
-from brokertask.errors import EnvelopeError, InvalidPayload, PayloadTooLarge
+from brokertask.errors import EnvelopeError, PayloadTooLarge
 from brokertask.outcome import AttemptError
+from brokertask.values import LAST_INSTANT_MS, MSGPACK, decode, pack
 
 VERSION: Final = 1
-MSGPACK: Final = "application/msgpack"
-JSON: Final = "application/json"
-MAX_DEPTH: Final = 64
-MAX_COLLECTION: Final = 100_000
 MAX_HEADERS_BYTES: Final = 16_384
 """A header must fit one frame; an oversized one closes the connection and all in flight on it."""
-MAX_TEXT: Final = 2_000
+MAX_ID: Final = 128
+"""Bytes of UTF-8 in a run id, a tag, a traceparent: what headers hold many of."""
+MAX_TAGS: Final = 32
 MAX_TRACEBACK: Final = 8_000
 KEPT_ERRORS: Final = 20
 
@@ -69,23 +62,19 @@ class Memory:
 
     def pack(self) -> bytes:
         """Return it as msgpack; empty bytes when there is nothing to remember."""
-        return encode({"errors": [asdict(error) for error in self.errors]}) if self.errors else b""
+        return pack({"errors": [asdict(error) for error in self.errors]}) if self.errors else b""
 
     @staticmethod
     def unpack(data: bytes) -> Memory:
         """Read what `pack` wrote; unknown fields, from a newer minor version, are ignored."""
         if not data:
             return Memory()
-        known = {f.name for f in fields(AttemptError)}
         try:
             raw = decode(data, MSGPACK)
-            errors = tuple(
-                AttemptError(**{k: v for k, v in error.items() if k in known})
-                for error in raw["errors"]
-            )
-        except (KeyError, TypeError, AttributeError) as error:
+            errors = tuple(AttemptError.read(error) for error in raw.get("errors", ()))
+        except (TypeError, AttributeError) as error:
             raise EnvelopeError(
-                f"the run's memory is damaged: {error!r}", reason="undecodable"
+                f"the run's memory is damaged: {error}", reason="undecodable"
             ) from None
         return Memory(errors)
 
@@ -189,14 +178,14 @@ class Envelope:
                 f"{largest} bytes, the limit is {max_bytes} (max_payload_bytes)", reason="too_large"
             )
         return Envelope(
-            run_id=(message.message_id or derived_id(message, task))[:128],
+            run_id=run_id_of(message, task),
             task=task,
             payload=message.body[:size],
             content_type=message.content_type or MSGPACK,
             attempt=max(1, headers.integer("bt-attempt", 1)),
             seq=headers.integer("bt-seq", 0),
             memory=Memory.unpack(message.body[size:]),
-            triggered_ms=headers.optional_integer("bt-triggered") or message.timestamp_ms,
+            triggered_ms=headers.optional_integer("bt-triggered") or _instant(message.timestamp_ms),
             sent_ms=headers.optional_integer("bt-sent"),
             due_ms=headers.optional_integer("bt-due"),
             left_ms=headers.integer("bt-left", 0),
@@ -243,7 +232,7 @@ class Envelope:
             self.again(attempt=1, now_ms=now_ms, memory=Memory()),
             trace=trace,
             previous=None,
-            origin=self.trace.get("traceparent"),
+            origin=self.origin or self.trace.get("traceparent"),
             redrives=self.redrives + 1,
             expires_ms=None,
         )
@@ -251,7 +240,7 @@ class Envelope:
 
 def check_headers(headers: Headers) -> None:
     """Raise `PayloadTooLarge` unless the headers fit in one frame, with room to spare."""
-    size = sum(len(name) + len(str(value).encode()) + 8 for name, value in headers.items())
+    size = sum(len(name) + 8 + _size(value) for name, value in headers.items())
     if size > MAX_HEADERS_BYTES:
         raise PayloadTooLarge(
             f"the headers of the message are {size} bytes, the limit is {MAX_HEADERS_BYTES}: "
@@ -259,114 +248,42 @@ def check_headers(headers: Headers) -> None:
         )
 
 
-def clip(text: str, limit: int = MAX_TEXT) -> str:
-    """Return `text` cut in its middle to at most `limit` characters."""
-    if len(text) <= limit:
-        return text
-    half = (limit - 3) // 2
-    return f"{text[:half]}...{text[-half:]}"
+def _size(value: HeaderValue) -> int:
+    if isinstance(value, str):
+        return len(value.encode())
+    return sum(5 + _size(item) for item in value) if isinstance(value, list) else 8
 
 
-def encode(value: object) -> bytes:
-    """Return a value as msgpack. Types msgpack has not become what pydantic writes them as in JSON.
+def _instant(value: int | None) -> int | None:
+    return value if value is not None and 0 <= value <= LAST_INSTANT_MS else None
 
-    Aware datetimes are msgpack timestamps; UUID, Decimal, Path, Enum, … are text or numbers.
 
-    Raises:
-        InvalidPayload: Something in it has no form on the wire.
+def run_id_of(message: Message, task: str) -> str:
+    """Return the id of the run that `message` is of, whoever wrote it.
+
+    One too long for our own headers is hashed, not cut: what begins alike must stay different.
     """
-    try:
-        return cast("bytes", msgpack.packb(value, default=_simpler, datetime=True))
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise InvalidPayload(f"cannot be written as msgpack: {error}") from error
-
-
-def decode(body: bytes, content_type: str) -> Any:
-    """Return the value in `body`: one msgpack or JSON value, bounded in depth and lengths.
-
-    Cost: about 1 µs for a small payload. The caller bounds the size.
-
-    Raises:
-        EnvelopeError: reason `undecodable` or `too_deep`.
-    """
-    kind = content_type.partition(";")[0].strip().lower()
-    try:
-        if kind in (MSGPACK, "application/x-msgpack", "application/vnd.msgpack"):
-            value = msgpack.unpackb(
-                body,
-                timestamp=3,
-                strict_map_key=False,
-                ext_hook=_refuse_extension,
-                max_array_len=MAX_COLLECTION,
-                max_map_len=MAX_COLLECTION,
-            )
-        elif kind == JSON:
-            value = json.loads(body, parse_constant=_refuse_constant)
-        else:
-            raise EnvelopeError(
-                f"content type {clip(kind, 80)!r}; send {MSGPACK} or {JSON}", reason="undecodable"
-            )
-    except (msgpack.StackError, RecursionError):
-        raise EnvelopeError(f"nested deeper than {MAX_DEPTH}", reason="too_deep") from None
-    except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
-        raise EnvelopeError(
-            f"not {kind}: {clip(f'{type(error).__name__}: {error}', 200)}", reason="undecodable"
-        ) from None
-    if _may_be_deep(body) and _deeper_than(value, MAX_DEPTH):
-        raise EnvelopeError(f"nested deeper than {MAX_DEPTH}", reason="too_deep")
-    return value
-
-
-# Each level of nesting takes at least one of these bytes: fixmap, fixarray, array 16/32, map 16/32
-# in msgpack, and an opening bracket in JSON. Fewer of them than the limit can't be too deep.
-_NOT_CONTAINERS: Final = bytes(set(range(256)) - {*range(0x80, 0xA0), *range(0xDC, 0xE0), *b"[{"})
-
-
-def _may_be_deep(body: bytes) -> bool:
-    return len(body) > MAX_DEPTH and len(body.translate(None, _NOT_CONTAINERS)) > MAX_DEPTH
-
-
-def _deeper_than(value: object, limit: int) -> bool:
-    level: list[object] = [value]
-    for _ in range(limit + 1):
-        inner: list[object] = []
-        for item in level:
-            if isinstance(item, dict):
-                inner.extend(v for v in item.values() if isinstance(v, dict | list))
-            elif isinstance(item, list):
-                inner.extend(v for v in item if isinstance(v, dict | list))
-        if not inner:
-            return False
-        level = inner
-    return True
-
-
-def _simpler(value: object) -> object:
-    if isinstance(value, SecretStr | SecretBytes):
-        raise InvalidPayload(
-            "a pydantic Secret would be sent as asterisks; send a reference to the secret instead"
-        )
-    if isinstance(value, datetime):
-        raise InvalidPayload("a datetime without a time zone; use datetime.now(UTC) or similar")
-    try:
-        return to_jsonable_python(value)
-    except ValueError as error:
-        raise TypeError(str(error)) from None
-
-
-def _refuse_extension(code: int, data: bytes) -> object:
-    raise ValueError(f"msgpack extension type {code} of {len(data)} bytes has no meaning here")
-
-
-def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is not JSON")
+    given = message.message_id
+    if not given:
+        return derived_id(message, task)
+    if len(given) <= MAX_ID and _cut(given) == given:
+        return given
+    return _uuid(given.encode("utf-8", "replace"))
 
 
 def derived_id(message: Message, task: str) -> str:
     """Return an id for a message that came without: the same for each of its redeliveries."""
     seen = repr((task, message.timestamp_ms, message.app_id, message.correlation_id)).encode()
-    digest = hashlib.sha256(seen + message.body).digest()
-    return str(uuid.UUID(bytes=digest[:16], version=5))
+    return _uuid(seen + message.body)
+
+
+def _uuid(data: bytes) -> str:
+    return str(uuid.UUID(bytes=hashlib.sha256(data).digest()[:16], version=5))
+
+
+def _cut(text: str, limit: int = MAX_ID) -> str:
+    """Return the beginning of `text` that takes at most `limit` bytes; "?" for lone surrogates."""
+    return text.encode("utf-8", "replace")[:limit].decode("utf-8", "ignore")
 
 
 class _Headers:
@@ -379,8 +296,12 @@ class _Headers:
         value = self.headers.get(name)
         if value is None:
             return None
-        if not isinstance(value, int) or value < 0:
-            raise EnvelopeError(f"header {name} is not a whole number", reason="undecodable")
+        # The limit keeps dates and sums of what we read within what can be written again.
+        if not isinstance(value, int) or not 0 <= value <= LAST_INSTANT_MS:
+            raise EnvelopeError(
+                f"header {name} is not a whole number from 0 to {LAST_INSTANT_MS}",
+                reason="undecodable",
+            )
         return int(value)
 
     def integer(self, name: str, default: int) -> int:
@@ -388,15 +309,19 @@ class _Headers:
         return default if value is None else value
 
     def text(self, name: str) -> str | None:
-        value = self.headers.get(name)
-        if isinstance(value, bytes):
-            value = value.decode("utf-8", "replace")
+        value = _text(self.headers.get(name))
         # A foreign header must never make our own, which copies it, too large for a frame.
-        longest = {"baggage": 8_192, "tracestate": 512}.get(name, 128)
-        return value if isinstance(value, str) and len(value.encode()) <= longest else None
+        longest = {"baggage": 8_192, "tracestate": 512}.get(name, MAX_ID)
+        return value if value is not None and _cut(value, longest) == value else None
 
     def texts(self, name: str) -> tuple[str, ...]:
-        value = self.headers.get(name)
-        if not isinstance(value, list | tuple):
+        values = self.headers.get(name)
+        if not isinstance(values, list | tuple):
             return ()
-        return tuple(clip(str(item), 128) for item in value[:32])
+        return tuple(_cut(text) for value in values[:MAX_TAGS] if (text := _text(value)))
+
+
+def _text(value: HeaderValue) -> str | None:
+    if isinstance(value, bytes | bytearray):
+        return value.decode("utf-8", "replace")
+    return value if isinstance(value, str) else None

@@ -40,6 +40,9 @@ Reason: TypeAlias = Literal[
 ]
 """Why a run is in the dead-letter queue. The broker adds its own, such as `delivery_limit`."""
 
+LONGEST_RETRY_AFTER: Final = 31_536_000
+"""A year, in seconds: more is a mistake, such as an instant in place of a delay."""
+
 REASONS: Final[dict[Reason, str]] = {
     "max_attempts": "every attempt failed",
     "aborted": "the task raised Abort",
@@ -208,7 +211,7 @@ class RetryAfter(BrokertaskError):
     """
 
     def __init__(self, delay: float, reason: str = "") -> None:
-        super().__init__(reason or f"retry after {delay:g} s")
-        if not 0 <= delay < float("inf"):
-            raise ValueError(f"RetryAfter: a delay is 0 or more seconds, not {delay!r}")
+        super().__init__(reason or f"retry after {delay} s")
+        if not (isinstance(delay, int | float) and 0 <= delay <= LONGEST_RETRY_AFTER):
+            raise ValueError(f"RetryAfter: a delay is 0 to 31536000 seconds, not {delay!r}")
         self.delay = float(delay)

@@ -15,14 +15,26 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from brokertask.envelope import MSGPACK, Envelope, Message, decode, encode
+from brokertask.envelope import Envelope, Message
 from brokertask.errors import EnvelopeError
 from brokertask.outcome import AttemptError, Expired, Failed, Outcome, Retrying, Succeeded
+from brokertask.values import MSGPACK, decode, pack
 
 COMPLETED: Final = "completed"
 RETRYING: Final = "retrying"
 FAILED: Final = "failed"
 EXPIRED: Final = "expired"
+_TYPES: Final = {
+    "event": str,
+    "run_id": str,
+    "task": str,
+    "attempt": int,
+    "at_ms": int,
+    "worker": str,
+    "result": bytes,
+    "reason": str,
+    "delay_ms": int,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +57,7 @@ class Event:
         """Return it as the message to publish."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
         return Message(
-            body=encode(values),
+            body=pack(values),
             correlation_id=self.run_id,
             type=self.event,
             content_type=MSGPACK,
@@ -54,11 +66,19 @@ class Event:
 
     @staticmethod
     def read(message: Message) -> Event:
-        """Return the event in `message`; raise `EnvelopeError` if there is none."""
-        values: dict[str, Any] = decode(message.body, message.content_type or MSGPACK)
+        """Return the event in `message`; fields that a newer version added are ignored.
+
+        Raises:
+            EnvelopeError: There is none in it.
+        """
+        raw = decode(message.body, message.content_type or MSGPACK)
         try:
-            error = values.pop("error", None)
-            return Event(**values, error=AttemptError(**error) if error else None)
+            values: dict[str, Any] = {name: raw[name] for name in _TYPES if name in raw}
+            for name, value in values.items():
+                if not isinstance(value, _TYPES[name]):
+                    raise TypeError(f"{name} is a {type(value).__name__}")
+            error = raw.get("error")
+            return Event(**values, error=None if error is None else AttemptError.read(error))
         except (TypeError, AttributeError) as problem:
             raise EnvelopeError(f"not an event: {problem}", reason="undecodable") from None
 

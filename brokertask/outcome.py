@@ -12,10 +12,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
 
 from brokertask.errors import Reason
+from brokertask.values import LAST_INSTANT_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,25 @@ class AttemptError:
     at_ms: int
     worker: str
     traceback: str = ""
+
+    @staticmethod
+    def read(raw: Any) -> AttemptError:
+        """Return the error in a decoded map; fields that a newer version added are ignored.
+
+        Raises:
+            TypeError: It is no such map.
+        """
+        if not isinstance(raw, dict):
+            raise TypeError("an error is a map")
+        values = {one.name: raw[one.name] for one in fields(AttemptError) if one.name in raw}
+        for name, value in values.items():
+            if name in ("attempt", "at_ms"):
+                fits = isinstance(value, int) and 0 <= value <= LAST_INSTANT_MS
+            else:
+                fits = isinstance(value, str)
+            if not fits:
+                raise TypeError(f"{name} of an error is not what it should be")
+        return AttemptError(**values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -48,10 +49,12 @@ class Retry:
 
     def __post_init__(self) -> None:
         attempts = self.max_attempts
-        if not 1 <= attempts <= MAX_ATTEMPTS_LIMIT:
-            raise InvalidOption(f"Retry: max_attempts is 1 to {MAX_ATTEMPTS_LIMIT}, not {attempts}")
-        if not 1 <= self.factor <= 1_000:
-            raise InvalidOption(f"Retry: factor is 1 to 1000, not {self.factor}")
+        if not (isinstance(attempts, int) and 1 <= attempts <= MAX_ATTEMPTS_LIMIT):
+            raise InvalidOption(
+                f"Retry: max_attempts is 1 to {MAX_ATTEMPTS_LIMIT}, not {attempts!r}"
+            )
+        if not (isinstance(self.factor, int | float) and 1 <= self.factor <= 1_000):
+            raise InvalidOption(f"Retry: factor is 1 to 1000, not {self.factor!r}")
         object.__setattr__(self, "min_delay", seconds(self.min_delay))
         object.__setattr__(self, "max_delay", seconds(self.max_delay))
         object.__setattr__(self, "on", _classes("on", self.on))
@@ -80,16 +83,21 @@ class Retry:
         >>> [Retry(max_attempts=5, max_delay=5).backoff(attempt) for attempt in (1, 2, 3, 4)]
         [1.0, 2.0, 4.0, 5.0]
         """
+        shortest = seconds(self.min_delay)
         try:
-            grown = seconds(self.min_delay) * self.factor ** (attempt - 1)
+            grown = shortest * self.factor ** (attempt - 1)
         except OverflowError:
-            grown = float("inf")
+            grown = math.inf if shortest else 0.0
         return min(seconds(self.max_delay), grown)
 
 
 def _classes(name: str, errors: Errors) -> tuple[type[BaseException], ...]:
-    classes = (errors,) if isinstance(errors, type) else tuple(errors)
+    classes: Iterable[object] = (errors,)
+    if isinstance(errors, Iterable) and not isinstance(errors, type):
+        classes = errors
+    found = []
     for cls in classes:
         if not (isinstance(cls, type) and issubclass(cls, BaseException)):
             raise InvalidOption(f"Retry: {name} takes exception classes, not {cls!r}")
-    return classes
+        found.append(cls)
+    return tuple(found)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from brokertask.durations import seconds
+from brokertask.errors import InvalidOption
 from brokertask.topology import Names
 
 DEFAULT_URL: Final = "amqp://guest:guest@127.0.0.1:5672/"
@@ -29,22 +31,29 @@ def mask(url: str) -> str:
     return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url)
 
 
-Seconds = Annotated[float, BeforeValidator(lambda value: seconds(_number(value)))]
-
-
-def _number(value: object) -> float | str:
+def _seconds(value: Any) -> float:
     """Read "2.5" from the environment as the number it is, and leave "1h" to `seconds`."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
     try:
-        return float(str(value))
-    except ValueError:
-        return str(value)
+        return seconds(value)
+    except InvalidOption as error:
+        raise ValueError(str(error)) from None
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds)]
 
 
 class Settings(BaseSettings):
     """Everything a deployment may set. Arguments given in code win over the environment."""
 
     model_config = SettingsConfigDict(
-        env_prefix="BROKERTASK_", extra="forbid", frozen=True, env_ignore_empty=True
+        env_prefix="BROKERTASK_",
+        extra="forbid",
+        frozen=True,
+        env_ignore_empty=True,
+        hide_input_in_errors=True,
     )
 
     amqp_url: Annotated[str | None, AfterValidator(_known_scheme)] = None

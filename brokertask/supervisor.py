@@ -18,7 +18,7 @@ import signal
 import socket
 import time
 from asyncio.subprocess import DEVNULL, Process
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
@@ -38,7 +38,8 @@ HURRY: Final = 5.0
 """After the second signal, until SIGKILL."""
 DRAIN_MARGIN: Final = 20.0
 """Beyond the grace period, for handing back and flushing, until SIGKILL."""
-MAX_REPORT: Final = 65_536
+LAST_WORDS: Final = 1.0
+MAX_REPORT: Final = 1_048_576
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,19 +69,24 @@ class Report:
 class Child:
     """One process, from its start to its end."""
 
-    def __init__(self, number: int, process: Process, reported: Callable[[Report], None]) -> None:
+    def __init__(
+        self,
+        number: int,
+        process: Process,
+        channel: socket.socket,
+        reported: Callable[[Report], None],
+    ) -> None:
         self.number = number
         self.pid = process.pid
         self.busy = 0
         self.failure = ""
-        self.told = False
         self.ready_at: float | None = None
         self.ready = asyncio.Event()
-        self.ended = asyncio.create_task(process.wait(), name=f"child {process.pid}")
         self._process = process
         self._reported = reported
         self._state: State = "starting"
         self._heard_at = time.monotonic()
+        self.ended = asyncio.create_task(self._end(channel), name=f"child {process.pid}")
 
     @property
     def state(self) -> State:
@@ -95,8 +101,16 @@ class Child:
         """Whether it had been ready for a while."""
         return self.ready_at is not None and time.monotonic() - self.ready_at > STEADY_AFTER
 
-    async def listen(self, channel: socket.socket) -> None:
-        """Take in its reports until it closes its end."""
+    async def _end(self, channel: socket.socket) -> int:
+        """Return its exit code, after all of its reports."""
+        listening = asyncio.create_task(self._listen(channel))
+        code = await self._process.wait()
+        # Processes of its own may have inherited its end of the socket.
+        await asyncio.wait({listening}, timeout=LAST_WORDS)
+        listening.cancel()
+        return code
+
+    async def _listen(self, channel: socket.socket) -> None:
         reader, writer = await asyncio.open_unix_connection(sock=channel, limit=MAX_REPORT)
         try:
             while line := await reader.readline():
@@ -113,13 +127,12 @@ class Child:
         if report.state == "ready" and self.ready_at is None:
             self.ready_at = self._heard_at
             self.ready.set()
+            log.info("process %d (pid %d) is ready", self.number, self.pid)
         self._reported(report)
 
     async def until_ready(self) -> bool:
         """Wait until it is ready; False if it ended before."""
-        ready = asyncio.create_task(self.ready.wait())
-        await asyncio.wait({ready, self.ended}, return_when=asyncio.FIRST_COMPLETED)
-        ready.cancel()
+        await _first(self.ready.wait(), asyncio.shield(self.ended))
         return self.ready.is_set()
 
     def send(self, sign: signal.Signals) -> None:
@@ -127,9 +140,11 @@ class Child:
         with suppress(ProcessLookupError):
             self._process.send_signal(sign)
 
-    def end(self) -> str:
-        """Return how it ended, for people."""
+    def cause(self) -> str:
+        """Return why it ended, for people."""
         code = self.ended.result()
+        if self.failure:
+            return self.failure
         if code >= 0:
             return f"exit code {code}"
         try:
@@ -151,6 +166,10 @@ class Supervisor:
             any was ever ready ends everything, with that code.
         environment: The children's, in place of this process's.
         reported: Called with every report of every child.
+
+    Attributes:
+        restarts: How often a place had to be filled again.
+        proven: Set once a child was ready.
     """
 
     def __init__(
@@ -164,6 +183,7 @@ class Supervisor:
         reported: Callable[[Report], None] = lambda _: None,
     ) -> None:
         self.restarts = 0
+        self.proven = asyncio.Event()
         self._command = tuple(command)
         self._grace = grace
         self._fatal = frozenset(fatal)
@@ -171,10 +191,8 @@ class Supervisor:
         self._reported = reported
         self._places: dict[int, Child | None] = dict.fromkeys(range(1, processes + 1))
         self._children: set[Child] = set()
-        self._readers: set[asyncio.Task[None]] = set()
         self._signals = 0
         self._stopping = asyncio.Event()
-        self._proven = asyncio.Event()
         self._code = 0
 
     @property
@@ -226,8 +244,10 @@ class Supervisor:
                 child.send(signal.SIGKILL)
             raise
         finally:
-            for task in (*keepers, *self._readers):
-                task.cancel()
+            for keeper in keepers:
+                keeper.cancel()
+        if self._signals:
+            log.info("stopped")
         return self._code
 
     def interrupt(self) -> None:
@@ -242,88 +262,87 @@ class Supervisor:
             deadline = HURRY if self._signals > 1 else self._grace + DRAIN_MARGIN
             asyncio.get_running_loop().call_later(deadline, child.send, signal.SIGKILL)
 
-    async def replace(self) -> bool:
+    async def replace(self) -> str:
         """Put a new child in the place of each, and drain the old one once the new is ready.
 
-        Returns False, and keeps what runs, when a new child ends before it was ready.
+        Returns "", or how a new child ended before it was ready; what ran before then runs on.
         """
         for number in self._places:
             new = await self._start(number)
-            if new is None or not await new.until_ready():
-                if new is not None:
-                    await self._finish(new)
-                return False
+            if new is None:
+                return "it cannot be started"
+            if not await new.until_ready():
+                await self._finish(new)
+                return new.cause()
             old, self._places[number] = self._places[number], new
             if old is not None:
                 old.send(signal.SIGTERM)
-        return True
+        return ""
 
     async def _keep(self, number: int) -> None:
         """Keep one place taken until the end."""
         if number > 1:
             # One child finds out whether the app works at all: a mistake is shown once.
-            await self._first(self._proven.wait(), self._stopping.wait())
+            await _first(self.proven.wait(), self._stopping.wait())
         failures = 0
         while not self.stopping:
-            child = self._places[number] = await self._start(number)
-            while child is not None:
-                await self._finish(child)
-                if child is self._places[number] or self.stopping:
-                    break
-                child = self._places[number]
-            failures = 1 if child is not None and child.steady else failures + 1
-            if self.stopping or self._give_up(child):
-                return
-            await self._pause(number, child, failures)
+            child = self._places[number]
+            if child is None or child.ended.done():
+                child = self._places[number] = await self._start(number)
+            if child is not None:
+                child = await self._watch(number, child)
+            if not self.stopping and not self._give_up(child):
+                failures = 1 if child is not None and child.steady else failures + 1
+                await self._pause(number, child, failures)
+
+    async def _watch(self, number: int, child: Child) -> Child:
+        """Wait for the end of a place's child, or of the one that has replaced it meanwhile."""
+        while True:
+            await self._finish(child)
+            current = self._places[number]
+            if self.stopping or current is None or current is child:
+                return child
+            child = current
 
     async def _finish(self, child: Child) -> None:
-        """Wait for the end of a child, and count it in the exit code if it was told to end."""
+        """Wait for the end of a child; the exit code tells if it ended badly when told to end."""
         code = await child.ended
-        if child not in self._children:
-            return
-        self._children.discard(child)
         # A child may be hit by the signal before it can listen for it; it held nothing then.
         unaware = code == -signal.SIGTERM and child.ready_at is None
-        if self.stopping and code and not unaware and not self._code:
-            log.warning("process %d (pid %d) ended badly: %s", child.number, child.pid, child.end())
-            self._code = 1
+        if child in self._children and self.stopping and code and not unaware:
+            log.warning("process %d (pid %d): %s", child.number, child.pid, child.cause())
+            self._code = self._code or 1
+        self._children.discard(child)
 
     def _give_up(self, child: Child | None) -> bool:
-        if child is None or self._proven.is_set() or child.ended.result() not in self._fatal:
+        code = child.ended.result() if child else 0
+        if self.proven.is_set() or code not in self._fatal:
             return False
-        self._code = child.ended.result()
+        self._code = code
         self._stopping.set()
         return True
 
     async def _pause(self, number: int, child: Child | None, failures: int) -> None:
-        """Say why a place is empty, and wait before filling it again."""
+        """Say why a place is empty, and wait before it is filled again."""
         self.restarts += 1
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(failures - 1, 10))
         pause *= random.uniform(0.5, 1)
-        if child is None:
-            return await self._first(self._stopping.wait(), asyncio.sleep(pause))
-        why = child.failure or child.end()
-        log.warning(
-            "process %d (pid %d) ended: %s; the next starts in %.1f s",
-            number,
-            child.pid,
-            why,
-            pause,
-        )
-        return await self._first(self._stopping.wait(), asyncio.sleep(pause))
+        if child is not None:
+            what = f"process {number} (pid {child.pid}) ended: {child.cause()}"
+            log.warning("%s; the next one starts in %.1f s", what, pause)
+        await _first(self._stopping.wait(), asyncio.sleep(pause))
 
     async def _start(self, number: int) -> Child | None:
         """Start a process; None, and a line in the log, if the system has none to give."""
         ours, theirs = socket.socketpair()
         with theirs:
-            descriptor = theirs.fileno()
             try:
                 process = await asyncio.create_subprocess_exec(
                     *self._command,
-                    str(descriptor),
+                    str(theirs.fileno()),
                     stdin=DEVNULL,
                     env=self._environment,
-                    pass_fds=[descriptor],
+                    pass_fds=[theirs.fileno()],
                     # The terminal's Ctrl-C is for the parent, which passes it on in order.
                     start_new_session=True,
                 )
@@ -331,29 +350,24 @@ class Supervisor:
                 ours.close()
                 log.error("process %d cannot be started: %s", number, error)
                 return None
-        child = Child(number, process, self._hear)
+        child = Child(number, process, ours, self._hear)
         self._children.add(child)
-        reading = asyncio.create_task(self._read(child, ours), name=f"reports of {child.pid}")
-        self._readers.add(reading)
-        reading.add_done_callback(self._readers.discard)
         if self.stopping:
             child.send(signal.SIGTERM)
         return child
 
-    async def _read(self, child: Child, channel: socket.socket) -> None:
-        await child.listen(channel)
-
     def _hear(self, report: Report) -> None:
         self._grace = float(report.about.get("grace", self._grace))
-        if report.state == "ready" and not self._proven.is_set():
-            self._proven.set()
+        if report.state == "ready":
+            self.proven.set()
         self._reported(report)
 
-    @staticmethod
-    async def _first(*waits: Any) -> None:
-        tasks = [asyncio.ensure_future(wait) for wait in waits]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
+
+async def _first(*waits: Awaitable[object]) -> None:
+    """Wait for the first of several; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -19,9 +19,10 @@ from typing import (
 )
 
 import anyio.to_thread
-from pydantic import PydanticUserError, TypeAdapter, ValidationError
+from pydantic import PydanticUserError, TypeAdapter
 from pydantic.errors import PydanticSchemaGenerationError
 
+from brokertask import typed
 from brokertask.client import Client, TriggerOptions
 from brokertask.context import Context
 from brokertask.durations import Duration, seconds
@@ -179,10 +180,9 @@ class Task(Generic[P, R]):
             InvalidPayload: It is not of the task's type. The message holds no values.
         """
         try:
-            valid = self.payload_type.validate_python(payload)
-            return self.payload_type.dump_python(valid, warnings=False)
-        except ValidationError as error:
-            raise InvalidPayload(f"payload of {self.id!r}: {explain(error)}") from None
+            return typed.dump(self.payload_type, typed.check(self.payload_type, payload))
+        except InvalidPayload as error:
+            raise InvalidPayload(f"payload of {self.id!r}: {error}") from error.__cause__
 
     def load(self, value: object) -> Any:
         """Return the payload from decoded plain values.
@@ -190,10 +190,7 @@ class Task(Generic[P, R]):
         Raises:
             InvalidPayload: As `dump`.
         """
-        try:
-            return self.payload_type.validate_python(value)
-        except ValidationError as error:
-            raise InvalidPayload(explain(error)) from None
+        return typed.load(self.payload_type, value)
 
     async def call(
         self, context: Context, payload: object, *, threads: anyio.CapacityLimiter | None = None
@@ -273,9 +270,11 @@ class _Signature:
 
     @staticmethod
     def of(function: Callable[..., Any], where: str) -> _Signature:
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise UnsupportedType(f"{where}: a generator has no one result; return a list")
         try:
             hints = get_type_hints(function, include_extras=True)
-        except NameError as error:
+        except (NameError, AttributeError, TypeError, SyntaxError) as error:
             raise UnsupportedType(
                 f"{where}: an annotation names something unknown ({error}); "
                 "types of tasks must be importable from their module"
@@ -302,16 +301,6 @@ class _Signature:
             _adapter(payload, f"{where}: the payload"),
             _adapter(hints.get("return", Any), f"{where}: the result"),
         )
-
-
-def explain(error: ValidationError) -> str:
-    """Return what is wrong, field by field, without any value: values may be secret."""
-    problems = error.errors(include_input=False, include_url=False, include_context=False)
-    return "; ".join(
-        f"{'.'.join(str(part) for part in problem['loc']) or 'value'}: {problem['type']}"
-        + ("" if problem["type"] in ("value_error", "assertion_error") else f" ({problem['msg']})")
-        for problem in problems[:10]
-    )
 
 
 def _adapter(annotation: Any, what: str) -> TypeAdapter[Any]:

@@ -209,7 +209,7 @@ class Names:
 
 def check_task_id(task: str) -> str:
     """Return `task`, or raise `InvalidOption`: it names queues and routing keys on the broker."""
-    if not _TASK_ID.fullmatch(task):
+    if not (isinstance(task, str) and _TASK_ID.fullmatch(task)):
         raise InvalidOption(
             f"task id {task!r}: use 1 to 127 letters, digits and '_', '-', '.', ':', "
             "beginning with a letter, a digit or '_'"

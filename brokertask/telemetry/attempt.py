@@ -10,7 +10,7 @@ from typing import Final
 from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 
-from brokertask.envelope import Envelope, clip
+from brokertask.envelope import Envelope
 from brokertask.outcome import (
     AttemptError,
     Expired,
@@ -25,6 +25,7 @@ from brokertask.telemetry import attributes as keys
 from brokertask.telemetry import propagation
 from brokertask.telemetry.attributes import Attributes
 from brokertask.telemetry.metrics import Metrics
+from brokertask.values import clip
 
 MAX_MESSAGE: Final = 256
 """Characters of an exception's message in a span: it is the user's text and may hold anything."""

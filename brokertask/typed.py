@@ -1,0 +1,79 @@
+"""Typed values to plain ones and back, by pydantic; what goes wrong is said without any value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, get_args
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core.core_schema import ErrorType
+
+from brokertask.errors import InvalidPayload
+from brokertask.values import clip
+
+_SHOWN: Final = 10
+_LONGEST_NAME: Final = 40
+# Their texts quote the input, or are the users' own.
+_SAYING_TOO_MUCH: Final = {
+    "value_error",
+    "assertion_error",
+    "union_tag_invalid",
+    "get_attribute_error",
+    "iteration_error",
+    "mapping_type",
+    "import_error",
+}
+_HARMLESS: Final = frozenset(get_args(ErrorType)) - _SAYING_TOO_MUCH
+
+
+def dump(kind: TypeAdapter[Any], value: object) -> object:
+    """Return a value as plain ones, such that `load` gives it back.
+
+    Raises:
+        InvalidPayload: A serializer of the type failed.
+    """
+    try:
+        return kind.dump_python(value, round_trip=True, warnings=False)
+    except Exception as error:
+        raise InvalidPayload(f"it cannot be serialized: {type(error).__name__}") from error
+
+
+def load(kind: TypeAdapter[Any], value: object) -> Any:
+    """Return the typed value in plain ones.
+
+    Lax even for strict models: on the wire a UUID is text and a tuple an array. Fields go by
+    their alias, as others write them, or by their name, as `dump` does.
+
+    Raises:
+        InvalidPayload: It does not match, or a validator of the type failed.
+    """
+    return _answered(lambda: kind.validate_python(value, strict=False, by_alias=True, by_name=True))
+
+
+def check(kind: TypeAdapter[Any], value: object) -> Any:
+    """Return a value that a caller gave as `kind`, validated by the type's own rules.
+
+    Raises:
+        InvalidPayload: As `load`.
+    """
+    return _answered(lambda: kind.validate_python(value))
+
+
+def _answered(validate: Callable[[], Any]) -> Any:
+    try:
+        return validate()
+    except ValidationError as error:
+        raise InvalidPayload(explain(error)) from None
+    except Exception as error:
+        raise InvalidPayload(f"a validator failed: {type(error).__name__}") from error
+
+
+def explain(error: ValidationError) -> str:
+    """Return what is wrong, field by field, without any value: values may be secret."""
+    problems = error.errors(include_input=False, include_url=False, include_context=False)
+    return "; ".join(
+        f"{'.'.join(clip(str(part), _LONGEST_NAME) for part in problem['loc']) or 'value'}: "
+        + problem["type"]
+        + (f" ({problem['msg']})" if problem["type"] in _HARMLESS else "")
+        for problem in problems[:_SHOWN]
+    )
