@@ -26,6 +26,8 @@ MAX_ID: Final = 128
 MAX_TAGS: Final = 32
 MAX_TRACEBACK: Final = 8_000
 KEPT_ERRORS: Final = 20
+MAX_MEMORY_BYTES: Final = 1_048_576
+"""Far above what 20 errors with their tracebacks take, whatever the limit of payloads is."""
 
 HeaderValue: TypeAlias = object
 Headers: TypeAlias = Mapping[str, HeaderValue]
@@ -155,7 +157,7 @@ class Envelope:
         """Return the envelope in `message`, delivered from the queue of `task`.
 
         Only the headers are understood here; the payload stays bytes until the run is to start.
-        `max_bytes` bounds the payload and, once more, the memory.
+        `max_bytes` bounds the payload; the memory has a limit of its own.
 
         Raises:
             EnvelopeError: It can't be a run; its `reason` is the dead-letter reason.
@@ -172,10 +174,14 @@ class Envelope:
             raise EnvelopeError(
                 f"bt-memory points to byte {size} of {len(message.body)}", reason="undecodable"
             )
-        largest = max(size, len(message.body) - size)
-        if largest > max_bytes:
+        if size > max_bytes:
             raise EnvelopeError(
-                f"{largest} bytes, the limit is {max_bytes} (max_payload_bytes)", reason="too_large"
+                f"{size} bytes, the limit is {max_bytes} (max_payload_bytes)", reason="too_large"
+            )
+        if len(message.body) - size > MAX_MEMORY_BYTES:
+            raise EnvelopeError(
+                f"a memory of {len(message.body) - size} bytes, the limit is {MAX_MEMORY_BYTES}",
+                reason="too_large",
             )
         return Envelope(
             run_id=run_id_of(message, task),

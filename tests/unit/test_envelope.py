@@ -15,6 +15,8 @@ from brokertask.deadletter import DeadLetter, bury, bury_raw
 from brokertask.envelope import (
     KEPT_ERRORS,
     MAX_HEADERS_BYTES,
+    MAX_MEMORY_BYTES,
+    MAX_TRACEBACK,
     Envelope,
     Memory,
     Message,
@@ -288,10 +290,24 @@ def test_headers_that_make_no_sense(headers: dict[str, object], reason: str) -> 
 
 def test_a_size_over_the_limit_is_refused_unread() -> None:
     assert read(Message(body=b"x" * 100), max_bytes=100).payload == b"x" * 100
-    for headers in ({}, {"bt-memory": 101}, {"bt-memory": 20}):
+    memory = b"x" * (MAX_MEMORY_BYTES + 1)
+    for body, headers in (
+        (b"x" * 121, {}),
+        (b"x" * 121, {"bt-memory": 101}),
+        (memory, {"bt-memory": 0}),
+    ):
         with pytest.raises(EnvelopeError) as caught:
-            read(Message(body=b"x" * 121, headers=headers), max_bytes=100)
+            read(Message(body=body, headers=headers), max_bytes=100)
         assert caught.value.reason == "too_large"
+
+
+def test_errors_with_their_tracebacks_fit_whatever_the_limit_of_payloads() -> None:
+    error = AttemptError(1, "E" * 200, "m" * 2_000, 0, "w" * 80, "t" * MAX_TRACEBACK)
+    memory = Memory()
+    for _ in range(100):
+        memory = memory.with_error(error)
+    sent = Envelope(run_id="r", task="t", payload=b"\x01", memory=memory).message()
+    assert read(sent, max_bytes=10).memory == memory
 
 
 def test_headers_of_no_use_are_left_out() -> None:
