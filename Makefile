@@ -1,0 +1,62 @@
+PYTHON ?= $(shell for minor in 11 12 13 14; do command -v python3.$$minor && break; done)
+INSTALLED := .venv/.installed
+
+.PHONY: help
+help: ## List these targets
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: setup
+setup: $(INSTALLED) ## Install brokertask and its tools into .venv
+
+$(INSTALLED): pyproject.toml
+	@sh infra/setup.sh venv "$(PYTHON)"
+	@touch $@
+
+.PHONY: tools
+tools:
+	@sh infra/setup.sh test-tools
+
+BROKER ?= memory
+url-of-memory := echo memory:
+url-of-rabbitmq = $(PYTHON) infra/rabbitmq/node.py up
+
+.PHONY: demo
+demo: setup ## Run the document pipeline (INPUT=folder BROKER=memory|rabbitmq)
+	@url=$$($(or $(url-of-$(BROKER)),$(error BROKER is memory or rabbitmq, not "$(BROKER)"))) && \
+	BROKERTASK_AMQP_URL=$$url .venv/bin/python -m workers.documents $(if $(INPUT),--input "$(INPUT)")
+
+.PHONY: test
+test: setup tools ## Run every test, on a private RabbitMQ too
+	@.venv/bin/pytest
+
+.PHONY: check
+check: setup tools ## Check format, lint, types and the direction of imports
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/mypy
+	.venv/bin/pyright
+	.venv/bin/lint-imports
+
+.PHONY: format
+format: setup ## Format the code and fix what can be fixed
+	.venv/bin/ruff format
+	.venv/bin/ruff check --fix
+
+.PHONY: chaos
+chaos: setup tools ## Kill workers and brokers under load, and count what was lost
+	@.venv/bin/python -m tests.crash.chaos
+
+.PHONY: rabbitmq
+rabbitmq: ## Start a private RabbitMQ and print its URL
+	@$(PYTHON) infra/rabbitmq/node.py up
+
+.PHONY: rabbitmq-down
+rabbitmq-down: ## Stop the private RabbitMQ; its messages stay
+	@$(PYTHON) infra/rabbitmq/node.py down
+
+.PHONY: clean
+clean: ## Stop the private RabbitMQ and delete all that make has made
+	@$(PYTHON) infra/rabbitmq/node.py down
+	@$(PYTHON) infra/rabbitmq/node.py cluster down
+	rm -rf .brokertask .venv build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

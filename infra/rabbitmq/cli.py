@@ -1,0 +1,123 @@
+"""The command line of `node.py`: `python infra/rabbitmq/node.py up`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from infra.rabbitmq.node import Node, NodeError, cluster, ensure_installed, programs
+
+IMAGE = "rabbitmq:4-management"
+
+
+def _container(node: Node, *, up: bool) -> bool:
+    """Start or remove a container on the node's ports; False if no container engine answers."""
+    engines = (engine for engine in ("docker", "podman") if shutil.which(engine))
+    engine = next((engine for engine in engines if _run(engine, "info")), None)
+    if engine is None:
+        return False
+    name = node.name.partition("@")[0]
+    if not up:
+        return _run(engine, "rm", "--force", name)
+    published = {node.port: 5672, node.management_port: 15672}
+    ports = [f"--publish=127.0.0.1:{here}:{inside}" for here, inside in published.items()]
+    if not _run(engine, "container", "inspect", name):
+        subprocess.run(
+            [engine, "run", "--detach", "--rm", f"--name={name}", *ports, IMAGE],
+            stdout=sys.stderr,
+            check=False,
+        )
+    return _run(engine, "exec", name, "rabbitmqctl", "await_startup")
+
+
+def _run(*command: str) -> bool:
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def main() -> None:
+    """The command line: the answer goes to standard output, everything else to standard error."""
+    common = argparse.ArgumentParser(add_help=False)
+    default = Path(".brokertask/rabbitmq")
+    common.add_argument("--dir", type=Path, default=default, help=f"its folder ({default})")
+    parser = argparse.ArgumentParser(description="Private RabbitMQ nodes on this machine.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, purpose: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, parents=[common], help=purpose, description=purpose)
+
+    command("up", "start the node and print its AMQP URL").add_argument("--port", type=int)
+    command("down", "stop it in order; its data stays in the folder")
+    command("kill", "stop it with SIGKILL")
+    command("status", "say whether it runs")
+    command("url", "print its AMQP URL")
+    command("ctl", "run rabbitmqctl, as in: ctl -- list_queues").add_argument("words", nargs="*")
+    command("cluster", "three nodes").add_argument("action", choices=["up", "down"])
+    try:
+        if answer := _answer(parser.parse_args()):
+            print(answer)
+    except NodeError as error:
+        sys.exit(str(error))
+
+
+def _answer(options: argparse.Namespace) -> str:
+    folder: Path = options.dir
+    if options.command == "up":
+        return _up(Node.create(folder, port=options.port))
+    if options.command == "cluster":
+        return _cluster(folder / "cluster", options.action)
+    if not (folder / "node.json").exists():
+        if options.command == "down":
+            return ""
+        raise NodeError(f"there is no node in {folder}; `up` makes one")
+    node = Node.create(folder)
+    match options.command:
+        case "down":
+            return _down(node)
+        case "kill":
+            node.kill()
+            return ""
+        case "ctl":
+            return node.ctl(*options.words).rstrip()
+        case "status":
+            return _status(node)
+        case _:
+            return node.url()
+
+
+def _up(node: Node) -> str:
+    try:
+        ensure_installed()
+    except NodeError:
+        if not _container(node, up=True):
+            raise
+    else:
+        node.start()
+    return node.url()
+
+
+def _down(node: Node) -> str:
+    node.stop(final=True)
+    if programs() is None:
+        _container(node, up=False)
+    return ""
+
+
+def _status(node: Node) -> str:
+    if not node.running:
+        raise NodeError(f"{node.name} is stopped")
+    return f"{node.name} runs with pid {node.pid} at {node.url()}"
+
+
+def _cluster(folder: Path, action: str) -> str:
+    if action == "up":
+        return "\n".join(node.url() for node in cluster(folder))
+    nodes = [Node.create(state.parent) for state in sorted(folder.glob("*/node.json"))]
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(Node.stop, nodes))
+    for node in nodes[:1]:
+        node.stop(final=True)
+    return ""
