@@ -18,7 +18,7 @@ tools:
 
 BROKER ?= memory
 url-of-memory := echo memory:
-url-of-rabbitmq = $(PYTHON) infra/rabbitmq/node.py up
+url-of-rabbitmq = $(PYTHON) infra/rabbitmq/node.py find
 
 .PHONY: demo
 demo: setup ## Run the document pipeline (INPUT=folder BROKER=memory|rabbitmq)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +52,7 @@ def main() -> None:
         return commands.add_parser(name, parents=[common], help=purpose, description=purpose)
 
     command("up", "start the node and print its AMQP URL").add_argument("--port", type=int)
+    command("find", "print BROKERTASK_AMQP_URL, else what listens on 5672, else do `up`")
     command("down", "stop it in order; its data stays in the folder")
     command("kill", "stop it with SIGKILL")
     command("status", "say whether it runs")
@@ -65,8 +68,10 @@ def main() -> None:
 
 def _answer(options: argparse.Namespace) -> str:
     folder: Path = options.dir
-    if options.command == "up":
-        return _up(Node.create(folder, port=options.port))
+    if options.command == "find" and (url := _found()):
+        return url
+    if options.command in ("up", "find"):
+        return _up(Node.create(folder, port=getattr(options, "port", None)))
     if options.command == "cluster":
         return _cluster(folder / "cluster", options.action)
     if not (folder / "node.json").exists():
@@ -86,6 +91,17 @@ def _answer(options: argparse.Namespace) -> str:
             return _status(node)
         case _:
             return node.url()
+
+
+def _found() -> str | None:
+    """Return the URL of a broker that is there already."""
+    if url := os.environ.get("BROKERTASK_AMQP_URL"):
+        return url
+    try:
+        socket.create_connection(("127.0.0.1", 5672), timeout=1).close()
+    except OSError:
+        return None
+    return "amqp://guest:guest@127.0.0.1:5672/"
 
 
 def _up(node: Node) -> str:

@@ -221,4 +221,8 @@ def show(seen: Mapping[str, Seen], report: Path, seconds: float, *, embedded: bo
     if embedded:
         console.print("          make demo BROKER=rabbitmq    the same on a real broker")
     else:
+        # The private node's URL is nowhere in the environment, and its password is no secret.
+        url = app.settings.broker_url()
+        if url.startswith("amqp://guest:guest@127.0.0.1:"):
+            console.print(f"          export BROKERTASK_AMQP_URL={url}")
         console.print("          .venv/bin/brokertask dead list --app workers.documents:app")
