@@ -4,7 +4,8 @@
         └──────────┴─► draining ──► (gone) ──► starting, after a backoff
 
 Each child holds one end of a socket: it reports over it at least once a second, and sees by its
-end that the parent is gone. Orders go by signal: SIGTERM once to drain, again to stop at once.
+end that the parent is gone. Orders go by signal: SIGTERM to drain, however often it comes (systemd
+sends it to every process, and so do we), SIGQUIT to stop at once.
 What the children do is no business of this module; it imports next to nothing.
 """
 
@@ -38,6 +39,8 @@ HURRY: Final = 5.0
 """After the second signal, until SIGKILL."""
 DRAIN_MARGIN: Final = 20.0
 """Beyond the grace period, for handing back and flushing, until SIGKILL."""
+LET_GO: Final = 1.0
+"""By then a child that was told to stop takes no more work, even if it has some to finish."""
 LAST_WORDS: Final = 1.0
 MAX_REPORT: Final = 1_048_576
 
@@ -55,15 +58,12 @@ class Report:
 
     def line(self) -> bytes:
         """Return it as it is sent."""
-        told = {"state": self.state, "busy": self.busy}
-        return json.dumps(told | self._seldom()).encode() + b"\n"
-
-    def _seldom(self) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in (("about", self.about), ("failure", self.failure))
-            if value
-        }
+        told: dict[str, Any] = {"state": self.state, "busy": self.busy}
+        if self.about:
+            told["about"] = dict(self.about)
+        if self.failure:
+            told["failure"] = self.failure
+        return json.dumps(told).encode() + b"\n"
 
 
 class Child:
@@ -258,8 +258,8 @@ class Supervisor:
             log.info("stopping%s", held if self.busy else "")
         self._stopping.set()
         for child in list(self._children):
-            child.send(signal.SIGTERM)
-            deadline = HURRY if self._signals > 1 else self._grace + DRAIN_MARGIN
+            child.send(signal.SIGTERM if self._signals == 1 else signal.SIGQUIT)
+            deadline = self._grace + DRAIN_MARGIN if self._signals == 1 else HURRY
             asyncio.get_running_loop().call_later(deadline, child.send, signal.SIGKILL)
 
     async def replace(self) -> str:
@@ -277,6 +277,8 @@ class Supervisor:
             old, self._places[number] = self._places[number], new
             if old is not None:
                 old.send(signal.SIGTERM)
+                # Whoever hears that the new code runs must not meet the old any more.
+                await asyncio.wait({old.ended}, timeout=LET_GO)
         return ""
 
     async def _keep(self, number: int) -> None:
@@ -308,7 +310,7 @@ class Supervisor:
         """Wait for the end of a child; the exit code tells if it ended badly when told to end."""
         code = await child.ended
         # A child may be hit by the signal before it can listen for it; it held nothing then.
-        unaware = code == -signal.SIGTERM and child.ready_at is None
+        unaware = code in (-signal.SIGTERM, -signal.SIGQUIT) and child.ready_at is None
         if child in self._children and self.stopping and code and not unaware:
             log.warning("process %d (pid %d): %s", child.number, child.pid, child.cause())
             self._code = self._code or 1
