@@ -65,6 +65,10 @@ class Attempt:
     context: Context | None = None
     traceparent: str | None = None
     interrupted: bool = False
+    followed: bool = False
+    """What follows it is on the broker's disk."""
+    told: bool = False
+    """Its event was published, or given up."""
 
     @property
     def key(self) -> Key:
@@ -114,7 +118,7 @@ class Performer:
         attempt.context = self._context(attempt, span.trace_id)
         envelope, timeout = attempt.envelope, attempt.task.options.timeout
         root, loop = envelope.root or envelope.run_id, asyncio.get_running_loop()
-        running_in.set(RunningIn(envelope.run_id, root, loop))
+        running_in.set(RunningIn(envelope.run_id, envelope.task, envelope.attempt, root, loop))
         user = attempt.user = asyncio.create_task(
             self._run(attempt), name=f"{attempt.task.id} {envelope.run_id}"
         )

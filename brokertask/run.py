@@ -48,6 +48,8 @@ class RunningIn:
     """The run whose task is executing here: parent of what it triggers."""
 
     run_id: str
+    task: str
+    attempt: int
     root: str
     loop: asyncio.AbstractEventLoop
     """The worker's, where tasks in threads may send what needs a loop."""

@@ -49,7 +49,8 @@ def configure(level: str, format: str) -> None:
 def _complete(record: logging.LogRecord) -> bool:
     """Add the run that a line was logged in, unless it says so itself."""
     if not hasattr(record, "run_id") and (running := running_in.get()) is not None:
-        record.run_id = running.run_id
+        record.run_id, record.task = running.run_id, running.task
+        record.attempt = running.attempt
     span = trace.get_current_span().get_span_context()
     if not hasattr(record, "trace_id") and span.is_valid:
         record.trace_id = f"{span.trace_id:032x}"

@@ -1,0 +1,165 @@
+"""What mypy and pyright must infer. Only checked, never run; a wrong `assert_type` is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import assert_type
+
+from pydantic import BaseModel
+from typing_extensions import TypedDict
+
+from brokertask import App, CallNext, Client, Context, Event, Queue, Retry, Run, Settings, Task
+
+app = App("typing", settings=Settings(amqp_url="memory:"))
+
+
+class Document(BaseModel):
+    path: str
+
+
+@dataclass
+class Report:
+    sections: int
+
+
+class Movie(TypedDict):
+    title: str
+
+
+# --- every shape of a function, with and without options ----------------------------------------
+
+
+@app.task
+async def nothing() -> int:
+    return 1
+
+
+@app.task
+async def context_only(ctx: Context) -> str:
+    return ctx.run_id
+
+
+@app.task
+async def payload_only(document: Document) -> Report:
+    return Report(len(document.path))
+
+
+@app.task
+async def both(document: Document, ctx: Context) -> None: ...
+
+
+@app.task
+def plain_nothing() -> int:
+    return 1
+
+
+@app.task
+def plain_context(ctx: Context) -> str:
+    return ctx.run_id
+
+
+@app.task
+def plain_payload(document: Document) -> Report:
+    return Report(len(document.path))
+
+
+@app.task
+def plain_both(document: Document, ctx: Context) -> bytes:
+    return b""
+
+
+@app.task(
+    id="everything",
+    retry=Retry(max_attempts=5, min_delay="1s", max_delay=timedelta(minutes=1), on=(OSError,)),
+    concurrency=5,
+    timeout="5m",
+    queue=Queue(max_length=10),
+    middleware=(),
+)
+async def configured(numbers: list[int], ctx: Context) -> dict[str, float]:
+    return {}
+
+
+@app.task(timeout=5)
+def plain_configured(number: int) -> bool:
+    return bool(number)
+
+
+@app.task(concurrency=1)
+async def optional(title: str | None) -> Movie | None:
+    return None
+
+
+assert_type(nothing, Task[None, int])
+assert_type(context_only, Task[None, str])
+assert_type(payload_only, Task[Document, Report])
+assert_type(both, Task[Document, None])
+assert_type(plain_nothing, Task[None, int])
+assert_type(plain_context, Task[None, str])
+assert_type(plain_payload, Task[Document, Report])
+assert_type(plain_both, Task[Document, bytes])
+assert_type(configured, Task[list[int], dict[str, float]])
+assert_type(plain_configured, Task[int, bool])
+assert_type(optional, Task[str | None, Movie | None])
+
+
+# --- what is done with them ---------------------------------------------------------------------
+
+
+def heard(event: Event) -> None:
+    assert_type(event.result, bytes | None)
+
+
+async def triggered(client: Client) -> None:
+    run = await payload_only.trigger(Document(path="a"), delay="5m", expires=60, tags=["a"])
+    assert_type(run, Run[Report])
+    assert_type(run.run_id, str)
+    assert_type(await run.result(timeout="1m"), Report)
+    run.watch(heard)
+
+    assert_type(await nothing.trigger(), Run[int])
+    assert_type(await nothing.trigger(run_id="mine"), Run[int])
+    assert_type(await (await both.trigger(Document(path="a"))).result(), None)
+    assert_type(await payload_only.trigger_many([Document(path="a")]), list[Run[Report]])
+    assert_type(await (await optional.trigger(None)).result(), Movie | None)
+
+    untyped = await client.trigger("elsewhere", {"path": "a"}, delay=timedelta(hours=1))
+    assert_type(untyped.task, str)
+
+
+def triggered_without_a_loop() -> None:
+    assert_type(payload_only.trigger_sync(Document(path="a")), Run[Report])
+    assert_type(plain_nothing.trigger_sync().result_sync(timeout=5), int)
+
+
+async def called() -> None:
+    assert_type(await payload_only(Document(path="a")), Report)
+    assert_type(await plain_payload(Document(path="a")), Report)
+    assert_type(await nothing(), int)
+    assert_type(await both(Document(path="a"), ctx=Context(run_id="r", task="both")), None)
+
+
+# --- hooks and middleware -----------------------------------------------------------------------
+
+
+@payload_only.on_success
+async def succeeded(ctx: Context, report: Report) -> None: ...
+
+
+@payload_only.on_failure
+async def failed(ctx: Context, error: BaseException) -> None: ...
+
+
+@app.middleware
+async def timed(ctx: Context, call_next: CallNext) -> object:
+    return await call_next(ctx)
+
+
+def as_parameter(task: Task[Document, Report]) -> Awaitable[Run[Report]]:
+    return task.trigger(Document(path="a"))
+
+
+as_parameter(payload_only)
+as_parameter(plain_payload)
