@@ -61,7 +61,7 @@ class Attempt:
     """How many of the attempts so far were deliveries that ended unsettled."""
     unread: EnvelopeError | None = None
     """Why the message is no run at all."""
-    user: asyncio.Task[Outcome] | None = None
+    user: asyncio.Task[_Returned | _Raised] | None = None
     context: Context | None = None
     traceparent: str | None = None
     interrupted: bool = False
@@ -120,7 +120,8 @@ class Performer:
         root, loop = envelope.root or envelope.run_id, asyncio.get_running_loop()
         running_in.set(RunningIn(envelope.run_id, envelope.task, envelope.attempt, root, loop))
         user = attempt.user = asyncio.create_task(
-            self._run(attempt), name=f"{attempt.task.id} {envelope.run_id}"
+            self._run(attempt.task, attempt.context, envelope),
+            name=f"{attempt.task.id} {envelope.run_id}",
         )
         try:
             done, _ = await asyncio.wait({user}, timeout=timeout)
@@ -131,30 +132,31 @@ class Performer:
             attempt.cancel("drain")
             raise
         if done and not user.cancelled():
-            return user.result()
+            return await self._judge(attempt, user.result())
         if not done:
             log.error("run %s of %s ignores its cancellation", envelope.run_id, attempt.task.id)
         if attempt.interrupted:
             return Interrupted()
-        return await self._failed(attempt, TimeoutError(f"took longer than {timeout:g} s"))
+        return await self._judge(attempt, _Raised(TimeoutError(f"took longer than {timeout:g} s")))
 
-    async def give_up(self, attempt: Attempt, reason: Reason, error: Exception) -> Failed:
+    async def give_up(self, attempt: Attempt, reason: Reason, error: BaseException) -> Failed:
         """Return the end of a run that gets no further attempt, after its failure hooks."""
         if attempt.context is None:
             attempt.context = self._context(attempt, None)
+        record = self.record(attempt, error)
         await self._call_hooks(attempt, attempt.task.failure_hooks, error)
-        return Failed(reason, self.record(attempt, error))
+        return Failed(reason, record)
 
-    async def _run(self, attempt: Attempt) -> Outcome:
+    async def _run(
+        self, task: Task[Any, Any], context: Context, envelope: Envelope
+    ) -> _Returned | _Raised:
         """Load the payload and call the task in its middleware; errors of user code end here."""
-        task, context = attempt.task, attempt.context
-        assert context is not None, "an attempt has its context before its code runs"
         try:
-            payload = context.payload = task.load(attempt.envelope.value())
+            payload = context.payload = task.load(envelope.value())
         except EnvelopeError as error:
-            return await self.give_up(attempt, error.reason, error)
+            return _Raised(error, error.reason)
         except InvalidPayload as error:
-            return await self.give_up(attempt, "invalid", error)
+            return _Raised(error, "invalid")
 
         async def innermost(inner: Context) -> Any:
             return await task.call(inner, payload, threads=self._threads)
@@ -163,15 +165,25 @@ class Performer:
         for middleware in reversed((*self._middleware, *task.options.middleware)):
             call = partial(_wrap, middleware, call)
         try:
-            result = await call(context)
+            return _Returned(await call(context))
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: a task must not be able to stop the worker.
             if context.cancelled is not None:
                 raise asyncio.CancelledError(context.cancelled) from error
             if isinstance(error, asyncio.CancelledError):
-                error = RuntimeError("the task cancelled itself")
-            return await self._failed(attempt, error)
-        return await self._succeeded(attempt, result)
+                return _Raised(RuntimeError("the task cancelled itself"))
+            return _Raised(error)
+
+    async def _judge(self, attempt: Attempt, ended: _Returned | _Raised) -> Outcome:
+        """Return what follows from how the code ended, and call the hooks if it is the end."""
+        if isinstance(ended, _Returned):
+            return await self._succeeded(attempt, ended.value)
+        if ended.reason is not None:
+            return await self.give_up(attempt, ended.reason, ended.error)
+        decision = attempt.task.options.retry.decide(attempt.envelope.attempt, ended.error)
+        if decision.delay is None:
+            return await self.give_up(attempt, decision.reason, ended.error)
+        return Retrying(decision.delay, self.record(attempt, ended.error))
 
     async def _succeeded(self, attempt: Attempt, result: Any) -> Outcome:
         try:
@@ -186,23 +198,18 @@ class Performer:
         await self._call_hooks(attempt, attempt.task.success_hooks, result)
         return Succeeded(body)
 
-    async def _failed(self, attempt: Attempt, error: BaseException) -> Outcome:
-        decision = attempt.task.options.retry.decide(attempt.envelope.attempt, error)
-        record = self.record(attempt, error)
-        if decision.delay is not None:
-            return Retrying(decision.delay, record)
-        await self._call_hooks(attempt, attempt.task.failure_hooks, error)
-        return Failed(decision.reason, record)
-
     async def _call_hooks(
         self, attempt: Attempt, hooks: Sequence[Callable[..., Any]], value: object
     ) -> None:
+        """Call hooks one after the other, each in a task of its own; none changes the outcome."""
         for hook in hooks:
-            try:
-                async with asyncio.timeout(HOOK_TIMEOUT):
-                    await hook(attempt.context, value)
-            except Exception:
-                log.exception("a hook of %s failed; its run goes on", attempt.task.id)
+            call = asyncio.create_task(_hook(hook, attempt.context, value))
+            done, _ = await asyncio.wait({call}, timeout=HOOK_TIMEOUT)
+            if not done:
+                call.cancel("timeout")
+                log.error("a hook of %s took over %g s; left", attempt.task.id, HOOK_TIMEOUT)
+            elif (error := call.result()) is not None:
+                log.error("a hook of %s failed; its run goes on", attempt.task.id, exc_info=error)
 
     def _context(self, attempt: Attempt, trace_id: str | None) -> Context:
         envelope, options = attempt.envelope, attempt.task.options
@@ -237,6 +244,32 @@ class Performer:
             worker=self._worker,
             traceback=clip(_frames(error), MAX_TRACEBACK),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Returned:
+    """The task's code returned."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    """The task's code raised; with a `reason`, nothing is to be decided any more."""
+
+    error: BaseException
+    reason: Reason | None = None
+
+
+async def _hook(
+    hook: Callable[..., Any], context: Context | None, value: object
+) -> BaseException | None:
+    """Return what a hook raised: even SystemExit must not stop the worker."""
+    try:
+        await hook(context, value)
+    except BaseException as error:
+        return error
+    return None
 
 
 async def _wrap(middleware: Middleware, call: CallNext, context: Context) -> Any:

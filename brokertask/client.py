@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from brokertask.durations import Duration, seconds
 from brokertask.envelope import MAX_ID, MAX_TAGS, Envelope, Message
 from brokertask.errors import (
+    AccessDenied,
     BatchError,
     BrokertaskError,
     EnvelopeError,
@@ -26,6 +27,7 @@ from brokertask.errors import (
     PayloadTooLarge,
     PublishError,
     TopologyMismatch,
+    Unroutable,
 )
 from brokertask.events import Event
 from brokertask.portal import portal
@@ -116,10 +118,11 @@ class Client:
             task, self.encode(payload), delay=delay, expires=expires, tags=tags, run_id=run_id
         )
         session = await self._session()
+        await self._find_queue(session, envelope)
         run: Run[Any] = Run(envelope.run_id, task, session, result or _ANYTHING)
         envelope, route = self._addressed(session, envelope, detach=seconds(delay) >= JOINED_DELAY)
         with self._telemetry.send(route, trace=envelope.trace):
-            await self._publish(session, run, envelope, route)
+            await self._publish(session, envelope, route)
         return run
 
     async def trigger_many(
@@ -145,6 +148,8 @@ class Client:
             self._envelope(task, body, delay=delay, expires=expires, tags=tags) for body in bodies
         ]
         session = await self._session()
+        if envelopes:
+            await self._find_queue(session, envelopes[0])
         detach = len(envelopes) > JOINED_FAN_OUT or seconds(delay) >= JOINED_DELAY
         results: list[Run[Any] | PublishError] = [
             Run(envelope.run_id, task, session, result or _ANYTHING) for envelope in envelopes
@@ -157,7 +162,7 @@ class Client:
                 assert isinstance(run, Run)
                 addressed, route = self._addressed(session, envelope, detach=detach)
                 try:
-                    await self._publish(session, run, addressed, route)
+                    await self._publish(session, addressed, route)
                 except PublishError as error:
                     results[index] = error
 
@@ -238,7 +243,10 @@ class Client:
                 await (await opening).close()
 
     def forget(self) -> None:
-        """Drop every session without closing it: after a fork they belong to the parent."""
+        """Begin anew, as a forked child has to: the sessions are its parent's."""
+        # They must never be collected here. A socket closed by the collector would leave the epoll
+        # that both processes share, and the parent would hear no more.
+        _OF_THE_PARENT.append(self._sessions)
         self._sessions = {}
 
     def encode(self, payload: object) -> bytes:
@@ -294,10 +302,22 @@ class Client:
             route, left = names.delay_route(envelope.task, envelope.due_ms - envelope.sent_ms)
         return replace(envelope, trace=trace, left_ms=left, reply_to=session.reply_key), route
 
-    async def _publish(
-        self, session: Session, run: Run[Any], envelope: Envelope, route: Route
-    ) -> None:
-        session.expect(run)
+    async def _find_queue(self, session: Session, envelope: Envelope) -> None:
+        """Refuse a delayed run that no queue is for: after the delay, nobody would be told."""
+        task = envelope.task
+        if envelope.due_ms is None or task in session.found:
+            return
+        queue = self._settings.names.queue(task)
+        with suppress(AccessDenied):  # RabbitMQ 4.3 and later let only some users look.
+            if await session.transport.depth(queue) is None:
+                raise Unroutable(
+                    f"no queue on this broker is for task {task!r}: no worker has declared it. "
+                    "Start one, run `brokertask topology apply`, or mend the task's id",
+                    run_id=envelope.run_id,
+                )
+        session.found.add(task)
+
+    async def _publish(self, session: Session, envelope: Envelope, route: Route) -> None:
         try:
             await session.transport.publish(
                 route, envelope.message(), timeout=self._settings.publish_timeout
@@ -316,8 +336,11 @@ class Client:
             self._sessions[id(loop)] = opening
         try:
             return await asyncio.shield(opening)
-        except BrokertaskError:
-            if self._sessions.get(id(loop)) is opening:
+        except BaseException:
+            # Whatever it failed with, the next caller tries anew. A caller that was cancelled
+            # leaves it to the others.
+            failed = opening.done() and (opening.cancelled() or opening.exception() is not None)
+            if failed and self._sessions.get(id(loop)) is opening:
                 del self._sessions[id(loop)]
             raise
 
@@ -373,3 +396,4 @@ def _is_label(text: object) -> bool:
 
 
 _ANYTHING: Final[TypeAdapter[Any]] = TypeAdapter(Any)
+_OF_THE_PARENT: Final[list[object]] = []

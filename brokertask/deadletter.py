@@ -134,7 +134,7 @@ class Filter:
     newer_than: Duration | None = None
     """How long ago it died. One whose death has no date is neither older nor newer."""
     limit: int | None = None
-    """At most so many in all, the oldest of each queue first."""
+    """At most so many in all, from the fronts of the queues."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -204,7 +204,7 @@ def bury_raw(message: Message, failed: Failed, *, task: str, now_ms: int) -> Mes
             "bt-reason": failed.reason,
             "bt-died": now_ms,
             # Without it two equal messages, redriven together, would pass for one run.
-            "bt-derived": not message.message_id,
+            **({} if message.message_id else {"bt-derived": True}),
         },
     )
 

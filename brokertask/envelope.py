@@ -163,26 +163,7 @@ class Envelope:
             EnvelopeError: It can't be a run; its `reason` is the dead-letter reason.
         """
         headers = _Headers(message.headers)
-        version = headers.integer("bt-version", VERSION)
-        if version > VERSION or version < 1:
-            raise EnvelopeError(
-                f"written in wire format {version}, this worker reads {VERSION}: update the worker",
-                reason="unsupported_version",
-            )
-        size = headers.integer("bt-memory", len(message.body))
-        if size > len(message.body):
-            raise EnvelopeError(
-                f"bt-memory points to byte {size} of {len(message.body)}", reason="undecodable"
-            )
-        if size > max_bytes:
-            raise EnvelopeError(
-                f"{size} bytes, the limit is {max_bytes} (max_payload_bytes)", reason="too_large"
-            )
-        if len(message.body) - size > MAX_MEMORY_BYTES:
-            raise EnvelopeError(
-                f"a memory of {len(message.body) - size} bytes, the limit is {MAX_MEMORY_BYTES}",
-                reason="too_large",
-            )
+        size = _payload_size(headers, len(message.body), max_bytes)
         return Envelope(
             run_id=run_id_of(message, task),
             task=task,
@@ -242,6 +223,28 @@ class Envelope:
             redrives=self.redrives + 1,
             expires_ms=None,
         )
+
+
+def _payload_size(headers: _Headers, body: int, max_bytes: int) -> int:
+    """Return how many bytes of the body are payload, if this is a message we can read."""
+    version = headers.integer("bt-version", VERSION)
+    if version > VERSION or version < 1:
+        raise EnvelopeError(
+            f"written in wire format {version}, this worker reads {VERSION}: update the worker",
+            reason="unsupported_version",
+        )
+    size = headers.integer("bt-memory", body)
+    if size > body:
+        raise EnvelopeError(f"bt-memory points to byte {size} of {body}", reason="undecodable")
+    if size > max_bytes:
+        raise EnvelopeError(
+            f"{size} bytes, the limit is {max_bytes} (max_payload_bytes)", reason="too_large"
+        )
+    if body - size > MAX_MEMORY_BYTES:
+        raise EnvelopeError(
+            f"a memory of {body - size} bytes, the limit is {MAX_MEMORY_BYTES}", reason="too_large"
+        )
+    return size
 
 
 def check_headers(headers: Headers) -> None:

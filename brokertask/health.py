@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -49,14 +50,14 @@ class HealthServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one request. Too large, too slow, one too many: closed without an answer."""
         self._connections += 1
+        broken = (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError)
         try:
-            async with asyncio.timeout(TIMEOUT):
-                if self._connections <= MAX_CONNECTIONS:
-                    head = await reader.readuntil(b"\r\n\r\n")
-                    writer.write(_response(*self._answer(head)))
-                    await writer.drain()
-        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass
+            with suppress(*broken):
+                async with asyncio.timeout(TIMEOUT):
+                    if self._connections <= MAX_CONNECTIONS:
+                        head = await reader.readuntil(b"\r\n\r\n")
+                        writer.write(_response(*self._answer(head)))
+                        await writer.drain()
         finally:
             self._connections -= 1
             writer.close()

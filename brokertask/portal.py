@@ -6,11 +6,13 @@ import atexit
 import os
 import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Final, Protocol, TypeVar
 from weakref import WeakSet
 
-from anyio.from_thread import BlockingPortal, start_blocking_portal
+import anyio
+from anyio.from_thread import BlockingPortal
 
 T = TypeVar("T")
 
@@ -33,7 +35,7 @@ class Portal:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._running: BlockingPortal | None = None
-        self._stop: Callable[[], object] = lambda: None
+        self._thread = threading.current_thread()
         self._guests: WeakSet[Guest] = WeakSet()
 
     def invite(self, guest: Guest) -> None:
@@ -44,9 +46,7 @@ class Portal:
         """Run a coroutine function on the thread's loop and return its result."""
         with self._lock:
             if self._running is None:
-                starting = start_blocking_portal("asyncio", name="brokertask portal")
-                self._running = starting.__enter__()
-                self._stop = lambda: starting.__exit__(None, None, None)
+                self._running, self._thread = _start()
             running = self._running
         return running.call(work)
 
@@ -58,7 +58,8 @@ class Portal:
             for guest in list(self._guests):
                 with suppress(Exception):
                     running.call(guest.close)
-            self._stop()
+            running.call(running.stop)
+            self._thread.join()
 
     def after_fork(self) -> None:
         """Begin anew in a child: it has neither the thread nor a right to the connections."""
@@ -66,6 +67,23 @@ class Portal:
         self._running = None
         for guest in list(self._guests):
             guest.forget()
+
+
+def _start() -> tuple[BlockingPortal, threading.Thread]:
+    # anyio's start_blocking_portal is a generator: when a forked child drops it, it waits for
+    # ever for the parent's thread.
+    started: Future[BlockingPortal] = Future()
+    thread = threading.Thread(
+        target=anyio.run, args=(_serve, started), name="brokertask portal", daemon=True
+    )
+    thread.start()
+    return started.result(), thread
+
+
+async def _serve(started: Future[BlockingPortal]) -> None:
+    async with BlockingPortal() as serving:
+        started.set_result(serving)
+        await serving.sleep_until_stopped()
 
 
 portal: Final = Portal()

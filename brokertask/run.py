@@ -69,9 +69,7 @@ class Run(Generic[R]):
         self.task = task
         self._session = session
         self._type = result
-        self._ended = asyncio.Event()
-        self._event: Event | None = None
-        self._watchers: list[Callable[[Event], None]] = []
+        self._hearing = session.hearing(run_id)
 
     def __repr__(self) -> str:
         return f"<Run {self.run_id} of {self.task}>"
@@ -90,7 +88,7 @@ class Run(Generic[R]):
         limit = None if timeout is None else seconds(timeout)
         try:
             async with asyncio.timeout(limit):
-                await self._ended.wait()
+                await self._hearing.ended.wait()
         except TimeoutError:
             raise ResultTimeout(
                 f"no result of run {self.run_id} of {self.task!r} within {readable(limit or 0)}; "
@@ -98,28 +96,22 @@ class Run(Generic[R]):
                 run_id=self.run_id,
                 task=self.task,
             ) from None
-        assert self._event is not None, "an ended run has its last event"
-        return self._read(self._event)
+        return self._read(self._hearing.heard[-1])
 
     def result_sync(self, *, timeout: Duration | None = None) -> R:
-        """Return the result to a plain thread; for runs made by `trigger_sync`."""
-        return from_thread(
-            lambda: self.result(timeout=timeout),
-            name="result_sync",
-            instead="await run.result(...)",
-        )
+        """Return the result to a thread, whichever thread or event loop triggered the run."""
+        _refuse_event_loop("result_sync", "await run.result(...)")
+        waiting = asyncio.run_coroutine_threadsafe(self.result(timeout=timeout), self._session.loop)
+        return waiting.result()
 
     def watch(self, watcher: Callable[[Event], None]) -> None:
-        """Call `watcher` in the event loop for each event of this run that its worker tells."""
-        self._watchers.append(watcher)
+        """Call `watcher` in the event loop for each event of this run that its worker tells.
 
-    def hear(self, event: Event) -> None:
-        """Take in an event of this run; the session calls it."""
-        for watcher in self._watchers:
+        At once for those that were heard already: a quick run may be over before its trigger is.
+        """
+        for event in self._hearing.heard:
             watcher(event)
-        if event.event in (COMPLETED, FAILED, EXPIRED):
-            self._event = event
-            self._ended.set()
+        self._hearing.watchers.append(watcher)
 
     def _read(self, event: Event) -> R:
         if event.event == COMPLETED:
@@ -153,15 +145,40 @@ class Run(Generic[R]):
         return value
 
 
+class Hearing:
+    """What was heard of a run; shared by every `Run` of its id."""
+
+    def __init__(self) -> None:
+        self.heard: list[Event] = []
+        self.watchers: list[Callable[[Event], None]] = []
+        self.ended = asyncio.Event()
+
+    def hear(self, event: Event) -> None:
+        """Take in an event, unless it is of a double, after the end."""
+        if self.ended.is_set():
+            return
+        self.heard.append(event)
+        if event.event in (COMPLETED, FAILED, EXPIRED):
+            self.ended.set()
+        for watcher in self.watchers:
+            try:
+                watcher(event)
+            except Exception:
+                log.exception("a watcher of run %s failed", event.run_id)
+
+
 class Session:
     """What a client has in one event loop: a transport, and the runs it waits for."""
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
+        self.loop = asyncio.get_running_loop()
         self.reply_key: str | None = None
         self.deaf: str | None = "this client does not listen for results"
+        self.found: set[str] = set()
+        """Tasks whose queue is known to exist."""
         self._listener: Consumer | None = None
-        self._runs: weakref.WeakValueDictionary[str, Run[Any]] = weakref.WeakValueDictionary()
+        self._hearings: weakref.WeakValueDictionary[str, Hearing] = weakref.WeakValueDictionary()
 
     async def listen(self, settings: Settings) -> None:
         """Make the reply queue, unless results are not wanted or not allowed."""
@@ -180,9 +197,9 @@ class Session:
             return
         self.deaf, self.reply_key = None, name
 
-    def expect(self, run: Run[Any]) -> None:
-        """Remember a run for as long as somebody holds it."""
-        self._runs[run.run_id] = run
+    def hearing(self, run_id: str) -> Hearing:
+        """Return what will be heard of a run, for as long as somebody holds it."""
+        return self._hearings.setdefault(run_id, Hearing())
 
     async def close(self) -> None:
         """Delete the reply queue and disconnect."""
@@ -197,9 +214,9 @@ class Session:
         except EnvelopeError as error:
             log.warning("a reply that is no event: %s", error)
             return
-        run = self._runs.get(event.run_id)
-        if run is not None:
-            run.hear(event)
+        hearing = self._hearings.get(event.run_id)
+        if hearing is not None:
+            hearing.hear(event)
 
 
 def from_thread(work: Callable[[], Coroutine[Any, Any, T]], *, name: str, instead: str) -> T:
@@ -207,13 +224,18 @@ def from_thread(work: Callable[[], Coroutine[Any, Any, T]], *, name: str, instea
 
     Any other thread is served by the portal, whose connection all of them share.
     """
+    _refuse_event_loop(name, instead)
     inside = running_in.get()
+    if inside is not None:
+        return asyncio.run_coroutine_threadsafe(work(), inside.loop).result()
+    return portal.call(work)
+
+
+def _refuse_event_loop(name: str, instead: str) -> None:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        if inside is not None:
-            return asyncio.run_coroutine_threadsafe(work(), inside.loop).result()
-        return portal.call(work)
+        return
     raise ConfigurationError(f"{name} would block the event loop; use {instead}")
 
 

@@ -14,6 +14,7 @@ from typing import (
     TypeVar,
     Unpack,
     cast,
+    get_args,
     get_type_hints,
     overload,
 )
@@ -287,6 +288,15 @@ class _Signature:
                 raise UnsupportedType(f"{where}: parameter {parameter.name!r} needs a type")
             if hints[parameter.name] is Context:
                 context_name = parameter.name
+            elif Context in get_args(hints[parameter.name]):
+                raise UnsupportedType(
+                    f"{where}: {parameter.name!r} is always given; annotate it as Context alone"
+                )
+            elif parameter.default not in (parameter.empty, None):
+                raise UnsupportedType(
+                    f"{where}: the default of {parameter.name!r} would never be used, as a payload "
+                    "is always sent; put it into a model, as the default of a field"
+                )
             elif payload_name is None:
                 payload_name = parameter.name
             else:

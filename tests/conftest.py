@@ -6,11 +6,16 @@ import os
 import uuid
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from infra.rabbitmq.node import Node
 
 NODE_VARIABLE = "BROKERTASK_TEST_NODE"
+
+# How long an example takes tells of the machine.
+hypothesis.settings.register_profile("brokertask", deadline=None)
+hypothesis.settings.load_profile("brokertask")
 
 
 @pytest.fixture

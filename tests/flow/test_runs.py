@@ -363,6 +363,49 @@ async def test_hooks_are_called_and_cannot_change_the_outcome(app: App) -> None:
         assert (harness[good].status, harness[bad].status) == ("completed", "failed")
 
 
+async def test_a_slow_hook_does_not_count_against_the_timeout(app: App) -> None:
+    @app.task(timeout=0.05)
+    async def quick() -> str:
+        return "done"
+
+    @quick.on_success
+    async def dawdle(ctx: Context, result: str) -> None:
+        await asyncio.sleep(0.1)
+
+    async with Harness(app) as harness:
+        run = await quick.trigger()
+        await harness.drain()
+        assert harness[run].status == "completed"
+
+
+async def test_a_watcher_hears_what_was_told_before_it_watched(app: App) -> None:
+    heard: list[str] = []
+
+    @app.task(retry=Retry(max_attempts=2, min_delay=1))
+    async def flaky(ctx: Context) -> None:
+        if ctx.attempt == 1:
+            raise ConnectionError("once")
+
+    async with Harness(app) as harness:
+        run = await flaky.trigger()
+        await harness.drain()
+        run.watch(lambda event: heard.append(event.event))
+        assert heard == ["retrying", "completed"]
+
+
+async def test_a_run_that_was_started_in_time_is_retried_after_it_expires(app: App) -> None:
+    @app.task(retry=Retry(max_attempts=2, min_delay=60, jitter=False))
+    async def flaky(ctx: Context) -> str:
+        if ctx.attempt == 1:
+            raise ConnectionError("once")
+        return "done"
+
+    async with Harness(app) as harness:
+        run = await flaky.trigger(expires=30)
+        await harness.drain()
+        assert await run.result(timeout=1) == "done"
+
+
 async def test_the_lifespan_surrounds_the_worker_and_gives_the_state(app: App) -> None:
     life: list[str] = []
 

@@ -432,6 +432,7 @@ def test_an_event_is_read_as_it_was_written(
     assert event == Event(
         event=name, run_id="r", task="a", attempt=1, at_ms=5_000, worker="w", **told
     )
+    assert event is not None
     assert Event.read(event.message()) == event
 
 

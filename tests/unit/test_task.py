@@ -417,3 +417,18 @@ def test_an_explanation_stays_short(app: App) -> None:
     with pytest.raises(InvalidPayload) as caught:
         _task_of(app, dict[str, int]).load({f"{n}" * 1_000: "x" for n in range(1_000)})
     assert len(str(caught.value)) < 2_000
+
+
+def test_a_default_that_would_never_be_used_is_refused(app: App) -> None:
+    with pytest.raises(UnsupportedType, match="default of 'number'"):
+
+        @app.task
+        async def count(number: int = 5) -> int:
+            return number
+
+
+def test_a_context_is_never_optional(app: App) -> None:
+    with pytest.raises(UnsupportedType, match="annotate it as Context alone"):
+
+        @app.task
+        async def count(ctx: Context | None) -> None: ...
