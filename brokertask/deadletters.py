@@ -1,8 +1,8 @@
 """The dead-letter queues of a broker: looking into them, and acting on a frozen selection.
 
 A selection is a set of held deliveries, so nobody else can act on the same runs meanwhile. What is
-neither redriven nor discarded goes back to its place in its queue when the selection is closed, or
-when this process dies. Looking never drops a message: these queues have no delivery limit to reach.
+neither redriven nor discarded goes back to its queue when the selection is closed, or when this
+process dies. Looking never drops a message: these queues have no delivery limit to reach.
 """
 
 from __future__ import annotations
@@ -126,13 +126,12 @@ class Selection:
 
         Args:
             transport: An open one.
-            settings: For the names, the time-out of publishes, and telemetry's names.
+            settings: For names and the time-out of publishes.
             tasks: Whose queues.
             filters: Which runs; all by default.
-            telemetry: Where the new triggers are recorded; by default the global providers.
-            clock: Time.
-            bodies: False to look only: neither payloads nor tracebacks are kept, and nothing can
-                be redriven or discarded.
+            telemetry: Where triggers are recorded; by default in the global providers.
+            clock: By default real time.
+            bodies: False to look only: no payload is kept, and nothing can be acted on.
 
         Raises:
             BrokerUnavailable: The broker is gone, or a queue does not deliver what it holds.
@@ -214,7 +213,11 @@ class Selection:
             self._consumers.append(consumer)
             if not await reader.fill(self._transport, queue):
                 elsewhere = max(0, wanted - reader.seen)
-        self._held += reader.held
+            if reader.seen + elsewhere < depth.ready:
+                # Else each ack would make room for one more, which came back behind the others.
+                # Where nothing is left, a consumer that stays tells other readers of this one.
+                await consumer.stop()
+        self._held += sorted(reader.held, key=lambda held: held.letter.died_ms or 0)
         self.looks.append(
             Look(
                 task=task,

@@ -23,7 +23,7 @@ _REFUSED: Final = re.compile(
 _DIFFERS: Final = re.compile(
     r"(?P<argument>[\w-]+) is (?P<found>.+?) on the broker, (?P<wanted>.+?) in the code"
 )
-_QUOTED: Final = re.compile(r"(?:the value )?'(?P<value>.*)'(?: of type '\w+')?")
+_QUOTED: Final = re.compile(r"(?:the value )?'(?P<value>[^']*)'(?: of type '\w+')?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,7 +58,9 @@ OlderThan = Annotated[
 NewerThan = Annotated[
     str | None, typer.Option(metavar="DURATION", help="That died more recently than this.")
 ]
-Limit = Annotated[int | None, typer.Option(metavar="N", help="At most so many, the oldest first.")]
+Limit = Annotated[
+    int | None, typer.Option(metavar="N", help="At most so many, from the front of each queue.")
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")]
 Expected = Annotated[

@@ -11,9 +11,10 @@ from brokertask.app import App
 from brokertask.cli import console
 from brokertask.cli.broker import AnApp, app_or_stand_in, connected, limits_of
 from brokertask.cli.console import Exit, printable
+from brokertask.cli.letters import counted
 from brokertask.drift import IMMUTABLE, Change, Plan, observe, plan
 from brokertask.errors import TopologyMismatch
-from brokertask.lint import Finding, lint
+from brokertask.lint import LEVELS, Finding, lint
 
 app = typer.Typer(
     help="Compare the exchanges and queues an app needs with the broker; make them; check them.",
@@ -133,8 +134,8 @@ def _summary(missing: list[Change], mismatches: int, word: str) -> str:
         return "the broker has all of it; nothing to do"
     exchanges = sum(change.kind == "exchange" for change in missing)
     return (
-        f"{len(missing)} {word} ({exchanges} exchanges, {len(missing) - exchanges} queues), "
-        f"{mismatches} different"
+        f"{len(missing)} {word} ({counted(exchanges, 'exchange')}, "
+        f"{counted(len(missing) - exchanges, 'queue')}), {mismatches} different"
     )
 
 
@@ -144,10 +145,7 @@ def _show_findings(found: list[Finding]) -> None:
             f"{MARKS[finding.level]} {printable(finding.where)}: {printable(finding.what)}"
         )
         console.out.print(f"    fix: {printable(finding.fix)}")
-    counts = [
-        f"{sum(one.level == level for one in found)} {level}s"
-        for level in ("error", "warning", "note")
-    ]
+    counts = [counted(sum(one.level == level for one in found), level) for level in LEVELS]
     console.out.print(", ".join(counts))
 
 

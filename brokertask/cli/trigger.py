@@ -116,6 +116,12 @@ class _Asked:
                 console.err.print(f"to repeat it without doing it twice, add --run-id {again}")
             raise
 
+    def dump(self, result: object) -> object:
+        """Return its result as plain values."""
+        if not self.typed:
+            return result
+        return self.app.tasks[self.task].result_type.dump_python(result, warnings=False)
+
 
 class _Printer:
     """What is printed of a run: the result alone on stdout if waited for; else id and events."""
@@ -192,7 +198,7 @@ async def _trigger(
         if follow:
             run.watch(printer.hear)
         try:
-            printer.completed(await run.result(timeout=limit))
+            printer.completed(asked.dump(await run.result(timeout=limit)))
         except (RunFailed, RunExpired) as error:
             printer.failed(error)
             return Exit.FAILED

@@ -49,8 +49,8 @@ class Declarer:
         await self._each(topology.absent_bindings, _unbind, timeout)
         if mismatches:
             raise TopologyMismatch(
-                f"the broker differs from the code in what cannot be changed: {'; '.join(mismatches)}. "
-                "`brokertask topology plan` says how to mend it"
+                "the broker differs from the code in what cannot be changed: "
+                f"{'; '.join(mismatches)}. `brokertask topology plan` says how to mend it"
             )
 
     async def compare(self, topology: Topology, *, timeout: float) -> list[Difference]:
@@ -110,6 +110,8 @@ class Declarer:
                 TimeoutError,
                 asyncio.CancelledError,
             ) as error:
+                # The others end with what they are at: an RPC cut short costs the connection.
+                waiting.clear()
                 raise _translated(error) from error
             finally:
                 if channel is not None:
@@ -117,11 +119,14 @@ class Declarer:
 
         workers = [asyncio.ensure_future(work()) for _ in range(min(CHANNELS, len(waiting)))]
         try:
-            await asyncio.gather(*workers)
+            ended = await asyncio.gather(*workers, return_exceptions=True)
         finally:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
+        for error in ended:
+            if error is not None:
+                raise error
 
 
 def _translated(error: BaseException) -> Exception:
