@@ -4,6 +4,8 @@ A task is a typed async function, a trigger one confirmed message; a run is retr
 dead-lettered and traced by way of the broker alone. `App` is where to begin.
 """
 
+import logging
+
 from brokertask.app import App
 from brokertask.client import Client
 from brokertask.context import Context
@@ -43,6 +45,7 @@ from brokertask.topology import QueueOptions as Queue
 from brokertask.worker import Worker
 
 __version__ = "0.1.0"
+logging.getLogger("brokertask").addHandler(logging.NullHandler())
 __all__ = [
     "Abort",
     "AccessDenied",

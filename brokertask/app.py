@@ -14,7 +14,7 @@ from brokertask.client import Client
 from brokertask.clock import Clock, SystemClock
 from brokertask.errors import ConfigurationError, DuplicateTask, InvalidOption
 from brokertask.settings import Settings
-from brokertask.task import Middleware, Task, TaskDecorator
+from brokertask.task import Middleware, Task, TaskDecorator, check_async
 from brokertask.telemetry import Telemetry
 from brokertask.topology import Topology, topology
 from brokertask.transport.base import Transport
@@ -72,7 +72,7 @@ class App:
 
     def middleware(self, middleware: Middleware) -> Middleware:
         """Wrap every task's call: `async (context, call_next) -> result`, the first outermost."""
-        self._middleware.append(middleware)
+        self._middleware.append(check_async(middleware, "a middleware"))
         return middleware
 
     def lifespan(self, function: Callable[[App], AsyncIterator[Any]]) -> Lifespan:

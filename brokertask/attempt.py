@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
-from collections.abc import Callable, Sequence
+from asyncio import FIRST_COMPLETED
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 import anyio
 from pydantic import ValidationError
@@ -39,10 +40,15 @@ from brokertask.typed import dump, explain
 from brokertask.values import clip, encode
 
 log = logging.getLogger("brokertask.worker")
+T = TypeVar("T")
 
 CANCEL_GRACE: Final = 5.0
 """How long a cancelled task may clean up before it is left behind."""
+INTERRUPT_GRACE: Final = 3.0
+"""The same at the end of a drain; shorter than a worker's time for handing back."""
+LEAVING: Final = 1.0
 HOOK_TIMEOUT: Final = 30.0
+MAX_CAUSES: Final = 5
 _PACKAGE: Final = str(Path(__file__).parent)
 Key: TypeAlias = tuple[str, str, int]
 
@@ -62,6 +68,8 @@ class Attempt:
     unread: EnvelopeError | None = None
     """Why the message is no run at all."""
     user: asyncio.Task[_Returned | _Raised] | None = None
+    left: asyncio.Future[None] | None = None
+    """Done when an interrupted attempt is not waited for any longer."""
     context: Context | None = None
     traceparent: str | None = None
     interrupted: bool = False
@@ -84,6 +92,9 @@ class Attempt:
         """Cancel it because the worker goes away; it will not count."""
         self.interrupted = True
         self.cancel("drain")
+        if self.left is not None:
+            # Code that ignores its cancellation is left behind; its run is handed back anyway.
+            self.left.get_loop().call_later(INTERRUPT_GRACE, _resolve, self.left)
 
     def cancel(self, cause: str) -> None:
         """Cancel the task's code and tell it why."""
@@ -112,6 +123,21 @@ class Performer:
         self._threads = anyio.CapacityLimiter(threads)
         self._middleware = tuple(middleware)
         self._state = state
+        self._code: set[asyncio.Task[Any]] = set()
+
+    async def finish(self) -> None:
+        """Cancel code that was left behind and give it a last second, before its pools close."""
+        for code in self._code:
+            code.cancel("drain")
+        if self._code:
+            await asyncio.wait(self._code, timeout=LEAVING)
+
+    def _start(self, code: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        """Run user code in a task of its own, remembered until it ends."""
+        task = asyncio.create_task(code, name=name)
+        self._code.add(task)
+        task.add_done_callback(self._code.discard)
+        return task
 
     async def perform(self, attempt: Attempt, span: AttemptSpan) -> Outcome:
         """Run the task's code within its timeout and return what it came to, whatever it does."""
@@ -119,21 +145,21 @@ class Performer:
         envelope, timeout = attempt.envelope, attempt.task.options.timeout
         root, loop = envelope.root or envelope.run_id, asyncio.get_running_loop()
         running_in.set(RunningIn(envelope.run_id, envelope.task, envelope.attempt, root, loop))
-        user = attempt.user = asyncio.create_task(
-            self._run(attempt.task, attempt.context, envelope),
-            name=f"{attempt.task.id} {envelope.run_id}",
-        )
+        name = f"{attempt.task.id} {envelope.run_id}"
+        user = self._start(self._run(attempt.task, attempt.context, envelope), name)
+        attempt.user, attempt.left = user, loop.create_future()
+        ends: set[asyncio.Future[Any]] = {user, attempt.left}
         try:
-            done, _ = await asyncio.wait({user}, timeout=timeout)
+            done, _ = await asyncio.wait(ends, timeout=timeout, return_when=FIRST_COMPLETED)
             if not done:
                 attempt.cancel("timeout")
-                done, _ = await asyncio.wait({user}, timeout=CANCEL_GRACE)
+                await asyncio.wait(ends, timeout=CANCEL_GRACE, return_when=FIRST_COMPLETED)
         except asyncio.CancelledError:
             attempt.cancel("drain")
             raise
-        if done and not user.cancelled():
+        if user.done() and not user.cancelled():
             return await self._judge(attempt, user.result())
-        if not done:
+        if not user.done():
             log.error("run %s of %s ignores its cancellation", envelope.run_id, attempt.task.id)
         if attempt.interrupted:
             return Interrupted()
@@ -203,7 +229,7 @@ class Performer:
     ) -> None:
         """Call hooks one after the other, each in a task of its own; none changes the outcome."""
         for hook in hooks:
-            call = asyncio.create_task(_hook(hook, attempt.context, value))
+            call = self._start(_hook(hook, attempt.context, value), f"hook of {attempt.task.id}")
             done, _ = await asyncio.wait({call}, timeout=HOOK_TIMEOUT)
             if not done:
                 call.cancel("timeout")
@@ -214,6 +240,7 @@ class Performer:
     def _context(self, attempt: Attempt, trace_id: str | None) -> Context:
         envelope, options = attempt.envelope, attempt.task.options
         at, timeout = envelope.triggered_ms, options.timeout
+        now = datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC)
         return Context(
             run_id=envelope.run_id,
             task=attempt.task.id,
@@ -221,7 +248,7 @@ class Performer:
             max_attempts=options.retry.max_attempts,
             tags=envelope.tags,
             triggered_at=None if at is None else datetime.fromtimestamp(at / 1000, UTC),
-            deadline=datetime.now(UTC) + timedelta(seconds=timeout) if timeout else None,
+            deadline=now + timedelta(seconds=timeout) if timeout else None,
             parent=envelope.parent,
             root=envelope.root,
             worker=self._worker,
@@ -231,15 +258,10 @@ class Performer:
 
     def record(self, attempt: Attempt, error: BaseException) -> AttemptError:
         """Return an error as it travels in the run's memory."""
-        kind = type(error)
-        name = kind.__qualname__
-        if kind.__module__ not in ("builtins", "__main__"):
-            name = f"{kind.__module__}.{name}"
-        text = explain(error) if isinstance(error, ValidationError) else str(error)
         return AttemptError(
             attempt=attempt.envelope.attempt,
-            type=name,
-            message=clip(text),
+            type=_name(error),
+            message=clip(_text(error)),
             at_ms=self._clock.now_ms(),
             worker=self._worker,
             traceback=clip(_frames(error), MAX_TRACEBACK),
@@ -277,8 +299,37 @@ async def _wrap(middleware: Middleware, call: CallNext, context: Context) -> Any
 
 
 def _frames(error: BaseException) -> str:
-    """Return the traceback from the user's first frame on; ours are the same for every error."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_PACKAGE):
-        trace = trace.tb_next
-    return "".join(traceback.format_exception(error.with_traceback(trace))) if trace else ""
+    """Return where an error and its causes came from, from the user's first frame on.
+
+    Our own frames are the same for every error. Values that a validation refused are left out.
+    """
+    parts: list[str] = []
+    seen: BaseException | None = error
+    while seen is not None and len(parts) < MAX_CAUSES:
+        trace = seen.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+            trace = trace.tb_next
+        frames = "".join(traceback.format_tb(trace))
+        parts.append(f"Traceback (most recent call last):\n{frames}{_name(seen)}: {_text(seen)}\n")
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+    return "\nand before it\n".join(parts) if error.__traceback__ else ""
+
+
+def _name(error: BaseException) -> str:
+    kind = type(error)
+    own = kind.__module__ in ("builtins", "__main__", "brokertask.errors")
+    return kind.__qualname__ if own else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _text(error: BaseException) -> str:
+    """Return what an error says, as text that can be sent, whatever its class does."""
+    try:
+        text = explain(error) if isinstance(error, ValidationError) else str(error)
+    except Exception as problem:
+        text = f"(its text cannot be had: {type(problem).__name__})"
+    return text.encode("utf-8", "replace").decode()
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -7,6 +7,7 @@ is used from, and one background thread with a loop of its own for callers that 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -17,19 +18,19 @@ from typing import Any, Final, TypedDict
 from pydantic import TypeAdapter
 
 from brokertask.durations import Duration, seconds
-from brokertask.envelope import MAX_ID, MAX_TAGS, Envelope, Message
+from brokertask.envelope import Envelope, Message
 from brokertask.errors import (
     AccessDenied,
     BatchError,
     BrokertaskError,
     EnvelopeError,
-    InvalidOption,
     PayloadTooLarge,
     PublishError,
     TopologyMismatch,
     Unroutable,
 )
 from brokertask.events import Event
+from brokertask.identity import checked_id, checked_tags, uuid7
 from brokertask.portal import portal
 from brokertask.run import Run, Session, from_thread, private_queue, running_in
 from brokertask.settings import Settings
@@ -40,6 +41,7 @@ from brokertask.values import encode
 
 log = logging.getLogger("brokertask.client")
 
+MAX_UNHEARD: Final = 10_000
 IN_FLIGHT: Final = 256
 """Publishes of one `trigger_many` that wait for their confirm at a time."""
 JOINED_FAN_OUT: Final = 50
@@ -212,15 +214,18 @@ class Client:
         a queue; what happens while the connection is lost is kept for ten minutes.
         """
         session = await self._session()
-        heard: asyncio.Queue[Event] = asyncio.Queue()
+        heard: asyncio.Queue[Event | None] = asyncio.Queue()
 
         def hear(message: Message) -> None:
-            with suppress(EnvelopeError):
-                heard.put_nowait(Event.read(message))
+            if heard.qsize() < MAX_UNHEARD:
+                with suppress(EnvelopeError):
+                    heard.put_nowait(Event.read(message))
+            elif heard.qsize() == MAX_UNHEARD:
+                log.error("events come faster than they are read; the newest are dropped")
 
         async def each() -> AsyncIterator[Event]:
-            while True:
-                yield await heard.get()
+            while (event := await heard.get()) is not None:
+                yield event
 
         names = self._settings.names
         queue = private_queue(names.reply(secrets.token_hex(8)))
@@ -229,6 +234,7 @@ class Client:
         try:
             yield each()
         finally:
+            heard.put_nowait(None)
             await listener.close()
 
     async def open(self) -> None:
@@ -274,7 +280,7 @@ class Client:
         now = self._now_ms()
         delay_ms = round(seconds(delay) * 1000)
         parent = running_in.get()
-        identity = _checked_id(run_id) if run_id is not None else uuid7(now)
+        identity = checked_id(run_id) if run_id is not None else uuid7(now)
         return Envelope(
             run_id=identity,
             task=task,
@@ -283,7 +289,7 @@ class Client:
             sent_ms=now,
             due_ms=now + delay_ms if delay_ms > IN_PLACE_MS else None,
             expires_ms=None if expires is None else now + round(seconds(expires) * 1000),
-            tags=_checked_tags(tags),
+            tags=checked_tags(tags),
             parent=parent.run_id if parent else None,
             root=parent.root if parent else None,
             app_id=self._app_id,
@@ -332,7 +338,13 @@ class Client:
         loop = asyncio.get_running_loop()
         opening = self._sessions.get(id(loop))
         if opening is None or opening.get_loop() is not loop:
-            opening = loop.create_task(self._open(), name="brokertask client")
+            for key, task in list(self._sessions.items()):
+                if task.get_loop().is_closed():
+                    del self._sessions[key]
+            # In a context of its own: it outlives the run or request that happens to be the first.
+            opening = loop.create_task(
+                self._open(), name="brokertask client", context=contextvars.Context()
+            )
             self._sessions[id(loop)] = opening
         try:
             return await asyncio.shield(opening)
@@ -362,37 +374,6 @@ class Client:
             await session.close()
             raise
         return session
-
-
-def uuid7(now_ms: int) -> str:
-    """Return a new UUID version 7: sortable by time, unique without coordination.
-
-    Source: RFC 9562, section 5.7.
-    """
-    rest = secrets.randbits(74)
-    value = (now_ms & (1 << 48) - 1) << 80 | 7 << 76 | (rest >> 62) << 64 | 2 << 62
-    text = f"{value | rest & (1 << 62) - 1:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
-
-
-def _checked_id(run_id: str) -> str:
-    if not _is_label(run_id):
-        raise InvalidOption(
-            f"a run id is printable text of 1 to {MAX_ID} bytes, not {run_id!r:.40}"
-        )
-    return run_id
-
-
-def _checked_tags(tags: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(tags, str):
-        raise InvalidOption(f"tags are a list of texts, not one text: [{tags[:40]!r}]")
-    if len(tags) > MAX_TAGS or not all(_is_label(tag) for tag in tags):
-        raise InvalidOption(f"at most {MAX_TAGS} tags, each printable text of 1 to {MAX_ID} bytes")
-    return tuple(tags)
-
-
-def _is_label(text: object) -> bool:
-    return isinstance(text, str) and text.isprintable() and 0 < len(text.encode()) <= MAX_ID
 
 
 _ANYTHING: Final[TypeAdapter[Any]] = TypeAdapter(Any)

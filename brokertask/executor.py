@@ -15,11 +15,12 @@ import random
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final, assert_never
+from typing import Any, Final, TypeVar, assert_never
 
 from brokertask.attempt import Attempt, Key, Performer
 from brokertask.clock import Clock
 from brokertask.deadletter import bury, bury_raw
+from brokertask.durations import readable
 from brokertask.envelope import Envelope, Message, derived_id
 from brokertask.errors import EnvelopeError, PublishError
 from brokertask.events import event_of
@@ -39,10 +40,14 @@ from brokertask.topology import IN_PLACE_MS, Route
 from brokertask.transport.base import Delivery, Transport
 
 log = logging.getLogger("brokertask.worker")
+T = TypeVar("T")
 
 SETTLE_BACKOFF_MAX: Final = 10.0
-FINISHED_KEPT: Final = 1_000
-"""Outcomes kept for messages that the broker took back while their attempt ran to its end."""
+DEFECT_PAUSE: Final = 1.0
+KEPT: Final = 1_000
+"""How many ended attempts are remembered for messages that the broker delivers once more."""
+KEPT_BYTES: Final = 65_536
+"""The largest of them that are kept; a larger run is repeated if its message comes here again."""
 
 
 class Executor:
@@ -67,34 +72,53 @@ class Executor:
         self._clock = clock
         self._worker = worker
         self._slots = {task: asyncio.Semaphore(count) for task, count in concurrency.items()}
+        self._running: set[Attempt] = set()
+        # Those of them that a second delivery of their message can join.
         self._attempts: dict[Key, Attempt] = {}
-        self._finished: OrderedDict[Key, tuple[Attempt, Outcome]] = OrderedDict()
+        # What ended while the broker had taken its message back; and what was acked, as an ack
+        # that is lost with its connection brings the message back, too.
+        self._unsettled: OrderedDict[Key, tuple[Attempt, Outcome]] = OrderedDict()
+        self._settled: OrderedDict[Key, None] = OrderedDict()
         self._interrupting = False
 
     async def execute(self, delivery: Delivery, task: Task[Any, Any]) -> None:
         """Do what `delivery` asks for, and settle it. Never raises for what a message holds."""
-        attempt = self._read(delivery, task)
+        deliveries = [delivery]
+        try:
+            attempt = self._read(delivery, task)
+            deliveries = attempt.deliveries
+            await self._take(attempt)
+        except Exception:
+            # A defect of ours. Kept, the message would hold a slot for as long as we live; given
+            # back, it is tried elsewhere, and in the end the broker buries it.
+            log.critical("an execution failed inside brokertask", exc_info=True)
+            await asyncio.sleep(DEFECT_PAUSE)
+            for each in deliveries:
+                await each.requeue()
+
+    async def _take(self, attempt: Attempt) -> None:
+        task, (delivery, *_) = attempt.task, attempt.deliveries
         if attempt.unread is not None:
-            log.error("a message for %s is buried: %s", task.id, attempt.unread)
+            log.error("a message for %s is no run: %s", task.id, attempt.unread)
             record = self._performer.record(attempt, attempt.unread)
             self._telemetry.buried(task.id, attempt.unread.reason)
             await self.settle(attempt, Failed(attempt.unread.reason, record))
-        elif attempt.envelope.id_derived:
-            await self._execute(attempt)
+        elif delivery.redelivered and attempt.key in self._settled:
+            await delivery.ack()
         elif (running := self._attempts.get(attempt.key)) is not None:
             # Ours already: the lease was lost, or the message doubled. One attempt serves both.
             running.deliveries.append(delivery)
         else:
-            self._attempts[attempt.key] = attempt
-            try:
-                await self._execute(attempt)
-            finally:
-                del self._attempts[attempt.key]
+            await self._execute(attempt)
+
+    async def finish(self) -> None:
+        """Let go of user code that nothing waits for any more."""
+        await self._performer.finish()
 
     def interrupt(self) -> None:
         """Cancel every attempt that still runs; each is handed back, uncounted."""
         self._interrupting = True
-        for attempt in self._attempts.values():
+        for attempt in self._running:
             attempt.interrupt()
 
     def _read(self, delivery: Delivery, task: Task[Any, Any]) -> Attempt:
@@ -112,25 +136,41 @@ class Executor:
         return Attempt(task, envelope, [delivery], lost=delivery.lost)
 
     async def _execute(self, attempt: Attempt) -> None:
-        finished = self._finished.pop(attempt.key, None)
-        if finished is not None:
+        self._running.add(attempt)
+        if not attempt.envelope.id_derived:
+            self._attempts[attempt.key] = attempt
+        try:
+            await self._end(attempt)
+        finally:
+            self._running.discard(attempt)
+            self._attempts.pop(attempt.key, None)
+
+    async def _end(self, attempt: Attempt) -> None:
+        """Bring an attempt to its end, or one that ended before to its settlement."""
+        before = self._unsettled.pop(attempt.key, None)
+        if before is None:
+            outcome = await self._outcome(attempt)
+        else:
             # The work was done while the broker had taken the message back: only settle it.
-            before, outcome = finished
-            before.deliveries = attempt.deliveries
-            await self.settle(before, outcome)
-            return
-        outcome = await self._outcome(attempt)
-        if attempt.live:
-            await self.settle(attempt, outcome)
-        elif not isinstance(outcome, Interrupted):
+            before[0].deliveries = attempt.deliveries
+            attempt, outcome = before
+        settled = await self.settle(attempt, outcome)
+        if isinstance(outcome, Sleeping | Interrupted):
+            return  # Nothing was done, so there is nothing to remember.
+        if not settled:
             log.warning(
-                "run %s of %s: the broker took its message back while it ran",
+                "run %s of %s ended, but the broker has taken its message back",
                 attempt.envelope.run_id,
                 attempt.task.id,
             )
-            self._finished[attempt.key] = attempt, outcome
-            if len(self._finished) > FINISHED_KEPT:
-                self._finished.popitem(last=False)
+            # For its settlement alone, so without what its code may still hold on to.
+            attempt.user = attempt.context = attempt.left = None
+            size = len(attempt.envelope.payload)
+            size += len(outcome.result) if isinstance(outcome, Succeeded) else 0
+            if size <= KEPT_BYTES:
+                _keep(self._unsettled, attempt.key, (attempt, outcome))
+        elif not attempt.envelope.id_derived:
+            _keep(self._settled, attempt.key, None)
 
     async def _outcome(self, attempt: Attempt) -> Outcome:
         envelope = attempt.envelope
@@ -162,7 +202,7 @@ class Executor:
         ) as span:
             attempt.traceparent = span.traceparent
             outcome: Outcome
-            if envelope.expires_ms is not None and now > envelope.expires_ms:
+            if _expired(envelope, now):
                 outcome = Expired()
             elif envelope.attempt > retry.max_attempts:
                 outcome = await self._performer.give_up(attempt, "crashed", _crashed(envelope))
@@ -171,34 +211,48 @@ class Executor:
             span.end(outcome, at_ms=self._clock.now_ms())
             return outcome
 
-    async def settle(self, attempt: Attempt, outcome: Outcome) -> None:
+    async def settle(self, attempt: Attempt, outcome: Outcome) -> bool:
         """Tell the broker what an attempt came to. Nothing else in brokertask acks a delivery.
 
         Order: what follows is on the broker's disk before the delivery is acked. A crash between
-        the two makes the message double, never lost.
+        the two makes the message double, never lost. Returns False if the broker has taken every
+        delivery back; called again with one that comes later, it goes on where it ended.
         """
-        envelope, now = attempt.envelope, self._clock.now_ms()
+        now = self._clock.now_ms()
+        if not attempt.followed:
+            _log(attempt, outcome)
+            follows = self._follows(attempt, outcome, now)
+            if follows is not None and not await self._publish_surely(attempt, *follows):
+                return False
+            attempt.followed = True
+        attempt.told = attempt.told or await self._tell(attempt, outcome, now)
+        live = attempt.live
+        for delivery in attempt.deliveries:
+            await delivery.ack()
+        return live
+
+    def _follows(
+        self, attempt: Attempt, outcome: Outcome, now: int
+    ) -> tuple[Route, Message] | None:
+        """Return what is published in place of the message that `outcome` settles, and where to."""
+        envelope = attempt.envelope
         match outcome:
             case Succeeded() | Expired():
-                follows = None
+                return None
             case Retrying(delay=delay, error=error):
                 memory = envelope.memory.with_error(error)
                 again = envelope.again(attempt=envelope.attempt + 1, now_ms=now, memory=memory)
                 again = replace(again, previous=attempt.traceparent)
-                follows = self._delayed(again, round(delay * 1000), now + round(delay * 1000))
+                return self._delayed(again, round(delay * 1000), now + round(delay * 1000))
             case Sleeping(delay=delay):
-                follows = self._delayed(envelope, round(delay * 1000), envelope.due_ms)
+                return self._delayed(envelope, round(delay * 1000), envelope.due_ms)
             case Failed():
-                follows = self._names.dead_route(attempt.task.id), _dead(attempt, outcome, now)
+                return self._names.dead_route(attempt.task.id), _dead(attempt, outcome, now)
             case Interrupted():
                 back = envelope.again(attempt=envelope.attempt, now_ms=now)
-                follows = self._names.resume_route(attempt.task.id), back.message()
+                return self._names.resume_route(attempt.task.id), back.message()
             case _ as unreachable:
                 assert_never(unreachable)
-        if follows is None or await self._publish_surely(attempt, *follows):
-            await self._tell(attempt, outcome, now)
-            for delivery in attempt.deliveries:
-                await delivery.ack()
 
     def _delayed(
         self, envelope: Envelope, delay_ms: int, due_ms: int | None
@@ -231,20 +285,57 @@ class Executor:
                 return True
         return False
 
-    async def _tell(self, attempt: Attempt, outcome: Outcome, now: int) -> None:
-        """Publish the event of an outcome, once: whoever listens must not hold up the run."""
+    async def _tell(self, attempt: Attempt, outcome: Outcome, now: int) -> bool:
+        """Publish the event of an outcome; False if it is left to who gets the message again.
+
+        Tries for the time of one publish: whoever listens must not hold up the run.
+        """
         event = event_of(outcome, attempt.envelope, at_ms=now, worker=self._worker)
         if event is None:
-            return
+            return True
         reply_to = attempt.envelope.reply_to
         route = self._names.event_route(event.event, event.task, reply_to=reply_to)
-        try:
-            await self._transport.publish(
-                route, event.message(), timeout=self._settings.publish_timeout, mandatory=False
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._settings.publish_timeout
+        while attempt.live:
+            try:
+                await self._transport.publish(
+                    route, event.message(), timeout=deadline - loop.time(), mandatory=False
+                )
+            except PublishError as error:
+                self._telemetry.publish_failed(type(error).__name__)
+                pause = random.uniform(0.1, 0.3)
+                if loop.time() + pause > deadline:
+                    log.warning("event %s of run %s is lost: %s", event.event, event.run_id, error)
+                    return True
+                await asyncio.sleep(pause)
+            else:
+                return True
+        return False
+
+
+def _keep(kept: OrderedDict[Key, T], key: Key, value: T) -> None:
+    kept[key] = value
+    if len(kept) > KEPT:
+        kept.popitem(last=False)
+
+
+def _log(attempt: Attempt, outcome: Outcome) -> None:
+    """Say what went wrong, by class: what an error says may hold anything."""
+    run_id, task = attempt.envelope.run_id, attempt.task.id
+    match outcome:
+        case Retrying(delay=delay, error=error):
+            log.warning(
+                "attempt %d of %s failed: %s; again in %s; run %s",
+                *(error.attempt, task, error.type, readable(delay), run_id),
             )
-        except PublishError as error:
-            self._telemetry.publish_failed(type(error).__name__)
-            log.warning("event %s of run %s is lost: %s", event.event, event.run_id, error)
+        case Failed(reason=reason, error=error):
+            log.error(
+                "a run of %s is dead (%s): %s; see: brokertask dead show %s --task %s",
+                *(task, reason, error.type, run_id, task),
+            )
+        case _:
+            log.debug("run %s of %s: %s", run_id, task, type(outcome).__name__.lower())
 
 
 def _dead(attempt: Attempt, failed: Failed, now: int) -> Message:
@@ -261,6 +352,11 @@ def _early_ms(envelope: Envelope, now: int) -> int:
     longer than it asked for.
     """
     return 0 if envelope.due_ms is None else min(envelope.left_ms, envelope.due_ms - now)
+
+
+def _expired(envelope: Envelope, now: int) -> bool:
+    """Whether it comes too late to start; a run that is retried was started in time."""
+    return envelope.expires_ms is not None and now > envelope.expires_ms and envelope.attempt == 1
 
 
 def _crashed(envelope: Envelope) -> Exception:

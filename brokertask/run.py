@@ -109,9 +109,7 @@ class Run(Generic[R]):
 
         At once for those that were heard already: a quick run may be over before its trigger is.
         """
-        for event in self._hearing.heard:
-            watcher(event)
-        self._hearing.watchers.append(watcher)
+        self._hearing.watch(watcher)
 
     def _read(self, event: Event) -> R:
         if event.event == COMPLETED:
@@ -150,7 +148,7 @@ class Hearing:
 
     def __init__(self) -> None:
         self.heard: list[Event] = []
-        self.watchers: list[Callable[[Event], None]] = []
+        self._watchers: list[Callable[[Event], None]] = []
         self.ended = asyncio.Event()
 
     def hear(self, event: Event) -> None:
@@ -160,11 +158,21 @@ class Hearing:
         self.heard.append(event)
         if event.event in (COMPLETED, FAILED, EXPIRED):
             self.ended.set()
-        for watcher in self.watchers:
-            try:
-                watcher(event)
-            except Exception:
-                log.exception("a watcher of run %s failed", event.run_id)
+        for watcher in self._watchers:
+            _tell(watcher, event)
+
+    def watch(self, watcher: Callable[[Event], None]) -> None:
+        """Tell a watcher what was heard, and from now on what will be."""
+        for event in self.heard:
+            _tell(watcher, event)
+        self._watchers.append(watcher)
+
+
+def _tell(watcher: Callable[[Event], None], event: Event) -> None:
+    try:
+        watcher(event)
+    except Exception:
+        log.exception("a watcher of run %s failed", event.run_id)
 
 
 class Session:

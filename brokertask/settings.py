@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -17,12 +18,13 @@ from brokertask.topology import Names
 DEFAULT_URL: Final = "amqp://guest:guest@127.0.0.1:5672/"
 DEV_SOCKET: Final = Path(".brokertask/dev.sock")
 """Where `brokertask dev` listens, below the folder it was started in."""
-_SCHEMES: Final = ("amqp:", "amqps:", "memory:", "unix:")
+_SCHEMES: Final = ("amqp://", "amqps://", "memory:", "unix:")
 
 
 def _known_scheme(url: str | None) -> str | None:
     if url is not None and not url.startswith(_SCHEMES):
-        raise ValueError(f"begins with {', '.join(_SCHEMES)} or is not set, not {mask(url)!r}")
+        # Whatever it is, there may be a password in it.
+        raise ValueError(f"begins with {', '.join(_SCHEMES)}, or is not set")
     return url
 
 
@@ -56,7 +58,7 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    amqp_url: Annotated[str | None, AfterValidator(_known_scheme)] = None
+    amqp_url: Annotated[str | None, AfterValidator(_known_scheme), Field(repr=False)] = None
     """The broker: `amqp(s)://user:password@host:port/vhost`, or the embedded one: `memory:` in
     this process, `unix:PATH` of a running `brokertask dev`. Unset: a `brokertask dev` started in
     this folder if there is one, else RabbitMQ on 127.0.0.1:5672."""
@@ -92,4 +94,6 @@ class Settings(BaseSettings):
         """Return the URL of the broker to use, by the rule of `amqp_url`."""
         if self.amqp_url is not None:
             return self.amqp_url
-        return f"unix:{DEV_SOCKET}" if DEV_SOCKET.is_socket() else DEFAULT_URL
+        # Only our own: payloads do not go to whoever left a socket in this folder.
+        ours = DEV_SOCKET.is_socket() and DEV_SOCKET.stat().st_uid == os.getuid()
+        return f"unix:{DEV_SOCKET}" if ours else DEFAULT_URL

@@ -336,7 +336,11 @@ class Supervisor:
 
     async def _start(self, number: int) -> Child | None:
         """Start a process; None, and a line in the log, if the system has none to give."""
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            log.error("process %d cannot be started: %s", number, error)
+            return None
         with theirs:
             try:
                 process = await asyncio.create_subprocess_exec(

@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import (
     Any,
     Final,
@@ -39,6 +40,7 @@ from brokertask.topology import QueueOptions, TaskQueue, check_task_id
 
 P = TypeVar("P")
 R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_CONCURRENCY: Final = 10
 CallNext = Callable[[Context], Awaitable[Any]]
@@ -159,14 +161,14 @@ class Task(Generic[P, R]):
         self, hook: Callable[[Context, R], Awaitable[None]]
     ) -> Callable[[Context, R], Awaitable[None]]:
         """Call `hook(context, result)` after each run that succeeds; it cannot change that."""
-        self.success_hooks.append(hook)
+        self.success_hooks.append(check_async(hook, "a hook"))
         return hook
 
     def on_failure(
         self, hook: Callable[[Context, BaseException], Awaitable[None]]
     ) -> Callable[[Context, BaseException], Awaitable[None]]:
         """Call `hook(context, error)` when a run has no attempts left, before it is buried."""
-        self.failure_hooks.append(hook)
+        self.failure_hooks.append(check_async(hook, "a hook"))
         return hook
 
     @property
@@ -204,9 +206,11 @@ class Task(Generic[P, R]):
             arguments[self._context_name] = context
         if self.is_async:
             return await self.function(**arguments)
-        return await anyio.to_thread.run_sync(
+        result = await anyio.to_thread.run_sync(
             lambda: self.function(**arguments), limiter=threads, abandon_on_cancel=True
         )
+        # A plain wrapper around an async function looks like a sync one until it is called.
+        return await result if inspect.isawaitable(result) else result
 
 
 class TaskDecorator:
@@ -343,8 +347,19 @@ def _checked(given: TaskOptions) -> Options:
         concurrency=concurrency,
         timeout=None if timeout is None else seconds(timeout),
         queue=queue,
-        middleware=tuple(given.get("middleware", ())),
+        middleware=tuple(
+            check_async(middleware, "a middleware") for middleware in given.get("middleware", ())
+        ),
     )
+
+
+def check_async(function: F, what: str) -> F:
+    """Return a function that is awaited later, or raise `InvalidOption` now."""
+    plain = inspect.isroutine(function) or isinstance(function, partial)
+    call = function if plain else type(function).__call__
+    if not inspect.iscoroutinefunction(inspect.unwrap(call)):
+        raise InvalidOption(f"{what} is an async function, not {function!r}")
+    return function
 
 
 def _check_names(where: str, given: Any, allowed: type) -> None:

@@ -111,6 +111,8 @@ class Harness:
             stack.push_async_callback(listening.close)
             queue = Queue(f"{names.namespace}.harness", {"x-queue-type": "classic"})
             await listening.listen(queue, (Binding(names.events, queue.name, "#"),), self._hear)
+            # A session that was opened before is one with the broker of the settings.
+            await self.app.client.close()
             await self.app.client.open()
             stack.push_async_callback(self.app.client.close)
         except BaseException:

@@ -29,7 +29,7 @@ from brokertask.transport.base import Consumer, Delivery, Transport
 
 log = logging.getLogger("brokertask.worker")
 
-HAND_BACK_TIMEOUT: Final = 10.0
+HAND_BACK_TIMEOUT: Final = 5.0
 """After the grace period: how long handing back may take before the broker takes back by itself."""
 
 
@@ -108,6 +108,7 @@ class Worker:
             for task in self.tasks:
                 await self._consume(transport, self._executor, task)
         except BaseException:
+            self._consumers.clear()
             await self._resources.aclose()
             raise
         log.info("worker %s consumes %s", self.name, ", ".join(task.id for task in self.tasks))
@@ -120,19 +121,38 @@ class Worker:
         """
         grace = self._settings.grace if grace is None else grace
         consumers, self._consumers = self._consumers, []
-        await asyncio.gather(*(consumer.stop() for consumer in consumers))
+        try:
+            stops = (consumer.stop() for consumer in consumers)
+            for problem in await asyncio.gather(*stops, return_exceptions=True):
+                if isinstance(problem, Exception):
+                    log.error("a consumer does not stop in order", exc_info=problem)
+            await self._drain(grace)
+        finally:
+            await self._resources.aclose()
+
+    async def _drain(self, grace: float) -> None:
+        """Wait for what is executing; in the end interrupt it, and then cancel it."""
         if self._executions and grace > 0:
             log.info("worker %s lets %d run(s) finish", self.name, self.busy)
-            await asyncio.wait(self._executions, timeout=grace)
+            await self._until_idle(grace)
         if self._executions and self._executor is not None:
             log.warning("worker %s hands back %d run(s)", self.name, self.busy)
             self._executor.interrupt()
-            await asyncio.wait(self._executions, timeout=HAND_BACK_TIMEOUT)
+            await self._until_idle(HAND_BACK_TIMEOUT)
         left = list(self._executions)
         for execution in left:
             execution.cancel()
         await asyncio.gather(*left, return_exceptions=True)
-        await self._resources.aclose()
+        if self._executor is not None:
+            await self._executor.finish()
+
+    async def _until_idle(self, timeout: float) -> None:
+        """Wait until nothing executes, what is delivered meanwhile included."""
+        deadline = asyncio.get_running_loop().time() + timeout
+        while self._executions:
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0 or not (await asyncio.wait(self._executions, timeout=left))[0]:
+                return
 
     def _make_executor(self, transport: Transport, state: Any) -> Executor:
         performer = Performer(

@@ -6,7 +6,9 @@ import importlib
 import os
 import sys
 import traceback
+from pathlib import Path
 from types import ModuleType
+from typing import Final
 
 from brokertask.app import App
 from brokertask.errors import BrokertaskError, ConfigurationError
@@ -22,6 +24,9 @@ class AppNotFound(ConfigurationError):
     def __init__(self, message: str, *, frames: str = "") -> None:
         super().__init__(message)
         self.frames = frames
+
+
+_PACKAGE: Final = str(Path(__file__).resolve().parents[1])
 
 
 def load(spec: str) -> App:
@@ -51,14 +56,30 @@ def _import(name: str) -> ModuleType:
         sys.path.insert(0, folder)
     try:
         return importlib.import_module(name)
-    except BrokertaskError:
-        raise
+    except BrokertaskError as error:
+        # Declarations name their place themselves; options are checked before there is one.
+        place = _place(error)
+        known = place is None or ":" in str(error).partition(" ")[0]
+        if known or not isinstance(error, ConfigurationError):
+            raise
+        raise type(error)(f"{place}: {error}") from None
     except ModuleNotFoundError as error:
         if error.name is not None and f"{name}.".startswith(f"{error.name}."):
             raise AppNotFound(f"there is no module {error.name!r} here ({folder})") from None
         raise _failed(name, error) from error
     except Exception as error:
         raise _failed(name, error) from error
+
+
+def _place(error: BrokertaskError) -> str | None:
+    """Return the last line of the user's own code that led to an error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith(_PACKAGE) and "importlib" not in frame.filename
+    ]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else None
 
 
 def _failed(name: str, error: Exception) -> AppNotFound:

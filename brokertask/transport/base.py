@@ -61,7 +61,7 @@ class Delivery(Protocol):
         ...
 
     async def requeue(self) -> None:
-        """Give it back to its queue, counted as one more lost delivery on brokers before 4.3."""
+        """Give it back to its queue, counted as one more lost delivery."""
         ...
 
 
@@ -91,7 +91,7 @@ class Depth:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How an object on the broker differs from the code: `state` is missing or different."""
+    """How an object on the broker differs from the code: missing, or different in `detail`."""
 
     item: Exchange | Queue
     missing: bool
@@ -143,7 +143,8 @@ class Transport(Protocol):
         """Deliver messages of `queue` to `receive`, at most `prefetch` unsettled at a time.
 
         Raises:
-            ConfigurationError: There is no such queue, or this user may not read it.
+            ConfigurationError: There is no such queue.
+            AccessDenied: This user may not read it.
         """
         ...
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -121,6 +123,101 @@ async def test_the_error_decides_whether_it_is_retried(
         again = await fails.trigger()
         await harness.drain()
         assert harness[again].status == "failed"
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    "error", [Unprintable(), ValueError("half a pair \ud800"), ValueError("\0")]
+)
+async def test_an_error_whose_text_cannot_be_sent_is_an_error_like_any_other(
+    app: App, error: Exception
+) -> None:
+    @app.task(retry=Retry(max_attempts=2))
+    async def fails() -> None:
+        raise error
+
+    async with Harness(app) as harness:
+        await fails.trigger()
+        await harness.drain()
+        (dead,) = harness.dead_letters("fails")
+        assert (dead.reason, dead.attempts) == ("max_attempts", 2)
+
+
+async def test_values_that_a_validation_refused_are_not_in_the_dead_letter(app: App) -> None:
+    @app.task(retry=Retry(max_attempts=1))
+    async def checks() -> None:
+        try:
+            Order.model_validate({"number": "-".join(["hunter", "2"])})
+        except ValueError as error:
+            raise ConnectionError("refused") from error
+
+    async with Harness(app) as harness:
+        await checks.trigger()
+        await harness.drain()
+        (dead,) = harness.dead_letters("checks")
+        assert "ConnectionError: refused" in dead.errors[0].traceback
+        assert "ValidationError: number: int_parsing" in dead.errors[0].traceback
+        assert "hunter-2" not in repr(dead)
+
+
+async def test_an_async_function_behind_a_plain_wrapper_is_awaited(app: App) -> None:
+    def logged(function: Callable[[int], Awaitable[int]]) -> Callable[[int], Awaitable[int]]:
+        @functools.wraps(function)
+        def wrapper(number: int) -> Awaitable[int]:
+            return function(number)
+
+        return wrapper
+
+    @app.task
+    @logged
+    async def double(number: int) -> int:
+        return number * 2
+
+    async with Harness(app) as harness:
+        run = await double.trigger(4)
+        await harness.drain()
+        assert await run.result(timeout=1) == 8
+
+
+async def test_code_that_ignores_the_end_of_the_drain_is_handed_back_uncounted(app: App) -> None:
+    attempts: list[int] = []
+    begun, end = asyncio.Event(), asyncio.Event()
+
+    @app.task(retry=Retry(max_attempts=1))
+    async def stubborn(ctx: Context) -> str:
+        attempts.append(ctx.attempt)
+        begun.set()
+        while len(attempts) == 1 and not end.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await end.wait()
+        return "done"
+
+    async with Harness(app) as harness:
+        run = await stubborn.trigger()
+        await begun.wait()
+        await harness.stop_worker(grace=0)
+        async with app.worker():
+            assert await run.result(timeout=5) == "done"
+        end.set()
+        assert attempts == [1, 1]
+
+
+async def test_events_are_heard_until_the_block_is_left(app: App) -> None:
+    @app.task
+    async def quick(number: int) -> int:
+        return number
+
+    async with Harness(app) as harness:
+        async with app.client.events("completed.quick") as events:
+            await quick.trigger_many([1, 2])
+            await harness.drain()
+            heard = [await anext(events), await anext(events)]
+        assert [event.event for event in heard] == ["completed", "completed"]
+        assert [event async for event in events] == []
 
 
 async def test_retry_after_chooses_the_delay(app: App) -> None:

@@ -1,4 +1,4 @@
-"""Traces end to end: a real broker, a real worker process, OTLP over HTTP, the tree that arrives."""
+"""Traces end to end: a real broker and worker, OTLP over HTTP, the tree that arrives."""
 
 from __future__ import annotations
 

@@ -39,10 +39,10 @@ from brokertask import (
     Settings,
     Unroutable,
 )
-from brokertask.client import uuid7
 from brokertask.clock import VirtualClock
 from brokertask.envelope import Envelope
 from brokertask.events import EXPIRED, Event
+from brokertask.identity import uuid7
 from brokertask.portal import portal
 from brokertask.testing import Harness
 from brokertask.transport.memory import MemoryBroker

@@ -432,3 +432,16 @@ def test_a_context_is_never_optional(app: App) -> None:
 
         @app.task
         async def count(ctx: Context | None) -> None: ...
+
+
+def test_hooks_and_middleware_are_async(app: App) -> None:
+    @app.task
+    async def count(number: int) -> int:
+        return number
+
+    def plain(*args: object) -> None: ...
+
+    with pytest.raises(InvalidOption, match="a hook is an async function"):
+        count.on_failure(plain)  # type: ignore[arg-type]
+    with pytest.raises(InvalidOption, match="a middleware is an async function"):
+        app.middleware(plain)  # type: ignore[arg-type]

@@ -23,7 +23,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from brokertask import BrokertaskError, Event, Run
 from workers.documents.tasks import Document, app, process_document, process_section
@@ -32,11 +31,12 @@ HERE: Final = Path(__file__).resolve().parents[2]
 WORK: Final = Path(".brokertask/demo")
 SUFFIXES: Final = ("", ".md", ".txt", ".rst")
 MOST_DOCUMENTS: Final = 60
+LONGEST_NAME: Final = 24
 PATIENCE: Final = 120.0
 COLUMNS: Final = ("DOCUMENT", "STATUS", "ATTEMPTS", "SECTIONS", "TIME", "LAST ERROR")
 STYLES: Final = {"dead": "red", "completed": "green"}
 ENDED: Final = ("completed", "failed", "expired")
-console: Final = Console(highlight=False, soft_wrap=True)
+console: Final = Console(highlight=False)
 
 
 @dataclass(slots=True)
@@ -76,12 +76,18 @@ def demo(
 
 def find(folder: Path) -> list[Path]:
     """Return the text files below a folder, at most 60, in a stable order."""
+    if not folder.is_dir():
+        console.print(f"[red]error[/]: there is no folder {escape(str(folder))}")
+        raise typer.Exit(2)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
-    texts = [path for path in files if path.suffix in SUFFIXES][:MOST_DOCUMENTS]
+    # A version, as in MPL-2.0, is no suffix.
+    texts = [path for path in files if path.suffix in SUFFIXES or path.suffix[1:].isdigit()]
     if not texts:
         console.print(f"[red]error[/]: no text (.md, .txt, .rst) below {escape(str(folder))}")
         raise typer.Exit(2)
-    return texts
+    if left := len(files) - len(texts[:MOST_DOCUMENTS]):
+        console.print(f"left out  {left} files: not .md, .txt or .rst, or more than the demo shows")
+    return texts[:MOST_DOCUMENTS]
 
 
 def unreadable() -> Path:
@@ -113,8 +119,10 @@ async def follow(
         for run, path in zip(runs, documents, strict=True)
     }
     done = bar.add_task("documents and sections", total=len(seen))
+    others: dict[str, Seen] = {}
     async for event in events:
-        record = seen.setdefault(event.run_id, Seen(event.task, now))
+        # Runs of others may be on the broker too, and a section may end before its document.
+        record = seen.get(event.run_id) or others.setdefault(event.run_id, Seen(event.task, now))
         record.attempts = event.attempt
         if event.error is not None:
             record.error = f"{event.error.type.rpartition('.')[2]}: {event.error.message}"[:70]
@@ -123,7 +131,8 @@ async def follow(
             record.seconds = time.monotonic() - now
             record.result = msgpack.unpackb(event.result) if event.result else {}
             for section in record.result.get("sections", ()):
-                seen.setdefault(section, Seen("process_section", now))
+                seen[section] = others.get(section) or Seen("process_section", now)
+                others[section] = seen[section]
             bar.update(done, total=len(seen))
             bar.update(done, completed=sum(run.status in ENDED for run in seen.values()))
             if all(run.status in ENDED for run in seen.values()):
@@ -138,7 +147,7 @@ async def worker_processes(count: int) -> AsyncIterator[None]:
     worker = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "brokertask.cli", "worker", "workers.documents:app"),
-        *("--processes", str(count), "--log-level", "error"),
+        *("--processes", str(count), "--log-level", "critical"),
         cwd=HERE,
         env=os.environ,
         start_new_session=True,
@@ -186,26 +195,7 @@ def write_report(seen: Mapping[str, Seen]) -> Path:
 
 def show(seen: Mapping[str, Seen], report: Path, seconds: float, *, embedded: bool) -> None:
     """Print the runs, the totals, and what to try next."""
-    rows = [
-        (
-            escape(run.name),
-            "dead" if run.status == "failed" else run.status,
-            str(run.attempts),
-            str(len(run.result.get("sections", ()))),
-            f"{run.seconds:.2f} s",
-            escape(run.error),
-        )
-        for run in seen.values()
-        if run.task == process_document.id
-    ]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, column in enumerate(COLUMNS):
-        # The last column gives way on a narrow terminal, the others never do.
-        width = max(len(column), *(len(row[index]) for row in rows))
-        table.add_column(column, no_wrap=True, min_width=width if column != COLUMNS[-1] else 10)
-    for row in rows:
-        table.add_row(*row, style=STYLES.get(row[1]))
-    console.print(table)
+    show_documents([run for run in seen.values() if run.task == process_document.id])
     console.print()
     for task in (process_document.id, process_section.id):
         runs = [run for run in seen.values() if run.task == task]
@@ -214,7 +204,7 @@ def show(seen: Mapping[str, Seen], report: Path, seconds: float, *, embedded: bo
         middle = median(run.seconds for run in runs) if runs else 0
         console.print(
             f"{task:17} {len(runs):4} runs {attempts:4} attempts {dead:2} dead"
-            f"   median {middle:.2f} s after the trigger"
+            f"   median {middle:.2f} s"
         )
     console.print(f"\nreport    {report}   ({seconds:.1f} s in all)")
     console.print("try next  make demo INPUT=/usr/share/common-licenses")
@@ -226,3 +216,25 @@ def show(seen: Mapping[str, Seen], report: Path, seconds: float, *, embedded: bo
         if url.startswith("amqp://guest:guest@127.0.0.1:"):
             console.print(f"          export BROKERTASK_AMQP_URL={url}")
         console.print("          .venv/bin/brokertask dead list --app workers.documents:app")
+
+
+def show_documents(runs: list[Seen]) -> None:
+    """Print a line for each document; the error comes last, and a terminal may cut it."""
+    rows = [
+        (
+            run.name if len(run.name) <= LONGEST_NAME else f"{run.name[: LONGEST_NAME - 1]}…",
+            "dead" if run.status == "failed" else run.status,
+            str(run.attempts),
+            str(len(run.result.get("sections", ()))),
+            f"{run.seconds:.2f} s",
+            f"(retried) {run.error}" if run.error and run.status == "completed" else run.error,
+        )
+        for run in runs
+    ]
+    lines = [COLUMNS, *rows]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(COLUMNS) - 1)]
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
+        style = "bold" if line is COLUMNS else STYLES.get(line[1])
+        text = "  ".join([*cells, line[-1]])
+        console.print(text, markup=False, style=style, no_wrap=True, overflow="ellipsis")

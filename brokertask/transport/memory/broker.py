@@ -133,8 +133,8 @@ class MemoryBroker:
         targets = self._route(parcel)
         if mandatory and not targets:
             raise Unroutable(
-                f"no queue is bound to exchange {parcel.exchange!r} for {parcel.keys[0]!r}; "
-                "nothing was stored"
+                f"no queue takes {parcel.keys[0]!r} from exchange {parcel.exchange!r}: no worker "
+                "has declared it. Start one, or mend the task's id"
             )
         full = [target.name for target in targets if target.full]
         for target in targets:

@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from aiormq.abc import DeliveredMessage
+from pamqp import decode
 from pamqp.commands import Basic
 
 from brokertask.envelope import Message
-from brokertask.topology import Route
+from brokertask.topology import UNLIMITED_DELIVERIES, Route
 from brokertask.transport.base import own_headers
 
 PERSISTENT: Final = 2
@@ -71,6 +72,46 @@ def _plain(value: Any) -> Any:
 
 
 def lost_deliveries(delivered: DeliveredMessage) -> int:
-    """Return how often a quorum queue delivered this before in vain."""
+    """Return how often a quorum queue delivered this before in vain.
+
+    A publisher may have written the header, with any number in it.
+    """
     count = (delivered.header.properties.headers or {}).get("x-delivery-count", 0)
-    return count if isinstance(count, int) else 0
+    return min(max(0, count), UNLIMITED_DELIVERIES) if isinstance(count, int) else 0
+
+
+_UNREADABLE: Final = (ValueError, OverflowError, OSError, RecursionError)
+_read_properties: Final = Basic.Properties.unmarshal
+
+
+def _read_any_properties(self: Basic.Properties, flags: int, data: bytes) -> None:
+    """Read properties as pamqp does, and what it cannot read as well as can be.
+
+    AMQP carries bytes where pamqp wants UTF-8, and timestamps beyond the year 9999. pamqp raises,
+    which ends the connection and everything in flight on it; then the message comes again.
+    """
+    try:
+        _read_properties(self, flags, data)
+    except _UNREADABLE:
+        for name in self.__slots__:
+            if flags & self.flags[name]:
+                consumed, value = _read_any(data, getattr(self, f"_{name}"))
+                setattr(self, name, value)
+                data = data[consumed:]
+
+
+def _read_any(data: bytes, kind: str) -> tuple[int, object]:
+    try:
+        return decode.by_type(data, kind)
+    except _UNREADABLE:
+        if kind == "shortstr":
+            end = 1 + data[0]
+            # Escaped, it grows; longer than 255 bytes, it could not be written again.
+            return end, data[1:end].decode("utf-8", "backslashreplace")[:255]
+        if kind == "timestamp":
+            return 8, None
+        # Headers: without them nobody knows what the message is. This buries it as undecodable.
+        return 4 + int.from_bytes(data[:4], "big"), {"bt-version": "unreadable"}
+
+
+Basic.Properties.unmarshal = _read_any_properties  # type: ignore[assignment,method-assign]

@@ -16,7 +16,13 @@ from brokertask.envelope import Message
 from brokertask.errors import AccessDenied, BrokertaskError, BrokerUnavailable, ConfigurationError
 from brokertask.transport.base import Receive
 from brokertask.transport.rabbitmq.codec import lost_deliveries, message_of
-from brokertask.transport.rabbitmq.link import Link, close_quietly, describe, raise_if_cancelled
+from brokertask.transport.rabbitmq.link import (
+    Link,
+    close_quietly,
+    describe,
+    quietly,
+    raise_if_cancelled,
+)
 
 log = logging.getLogger("brokertask.rabbitmq")
 
@@ -75,7 +81,7 @@ class RabbitDelivery:
         if self.live:
             self._settled = True
             with suppress(AMQPError, RuntimeError):
-                await self._session.channel.basic_nack(self._tag, requeue=True, wait=False)
+                await self._session.channel.basic_reject(self._tag, requeue=True, wait=False)
 
 
 class RabbitConsumer:
@@ -120,9 +126,10 @@ class RabbitConsumer:
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
-        if self._session is not None and self._session.alive and self._tag is not None:
-            with suppress(AMQPError, RuntimeError, TimeoutError, OSError):
-                await self._session.channel.basic_cancel(self._tag, timeout=CANCEL_TIMEOUT)
+        tag, self._tag = self._tag, None
+        if self._session is not None and self._session.alive and tag is not None:
+            with quietly():
+                await self._session.channel.basic_cancel(tag, timeout=CANCEL_TIMEOUT)
 
     async def close(self) -> None:
         """See `Consumer.close`."""
@@ -147,14 +154,20 @@ class RabbitConsumer:
             await self._resume()
 
     async def _resume(self) -> None:
+        said = ""
         while True:
             try:
                 await self._subscribe(RPC_TIMEOUT)
-            except ConfigurationError as error:
-                log.error("%s; trying to restore it", error)
-                await self._try_to_restore()
-            except BrokertaskError as error:
+            except BrokerUnavailable as error:
                 log.debug("consumer of %s: %s", self._queue, error)
+            except BrokertaskError as error:
+                if str(error) != said:
+                    log.error("%s; trying until it can be consumed", error)
+                said = str(error)
+                if isinstance(error, ConfigurationError):
+                    await self._try_to_restore()
+            except Exception:
+                log.exception("consumer of %s cannot resume", self._queue)
             else:
                 log.info("consumer of %s resumed", self._queue)
                 return
@@ -170,6 +183,17 @@ class RabbitConsumer:
     async def _subscribe(self, timeout: float) -> None:
         channel = await self._link.channel(confirms=False, timeout=timeout)
         session = _Session(channel)
+        try:
+            self._tag = await self._consume(channel, session)
+        except BaseException:
+            # The broker may deliver to it already; closed, it gives back what it was given.
+            session.end()
+            await close_quietly(channel)
+            raise
+        self._session = session
+
+    async def _consume(self, channel: AbstractChannel, session: _Session) -> str | None:
+        """Begin to consume on a channel and return the consumer's tag."""
         try:
             if self._prepare is not None:
                 await self._prepare(channel)
@@ -193,7 +217,7 @@ class RabbitConsumer:
         except asyncio.CancelledError as error:
             raise_if_cancelled(error)
             raise BrokerUnavailable(f"connection lost, consuming {self._queue!r}") from error
-        self._session, self._tag = session, consuming.consumer_tag
+        return consuming.consumer_tag
 
     async def _on_delivered(self, delivered: DeliveredMessage, session: _Session) -> None:
         self._receive(delivered, session)

@@ -5,22 +5,35 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Final
 
 import aio_pika
 from aiormq.abc import AbstractChannel, AbstractConnection
-from aiormq.exceptions import AMQPError, ConnectionNotAllowed, ProbableAuthenticationError
+from aiormq.exceptions import (
+    AMQPError,
+    ConnectionNotAllowed,
+    InvalidFrameError,
+    ProbableAuthenticationError,
+)
 
 from brokertask.errors import AccessDenied, BrokerUnavailable
 from brokertask.settings import mask
 
 log = logging.getLogger("brokertask.rabbitmq")
+_foreign_log = logging.getLogger("aiormq.connection")
+if _foreign_log.level == logging.NOTSET:
+    # It writes a traceback for each failed try; what there is to say, `Link` says once.
+    _foreign_log.setLevel(logging.CRITICAL)
 
 BACKOFF_MAX: Final = 15.0
 ATTEMPT_TIMEOUT: Final = 10.0
 CLOSE_TIMEOUT: Final = 2.0
+REFUSALS: Final = (ProbableAuthenticationError, ConnectionNotAllowed, InvalidFrameError)
+"""The last is how aiormq tells of a Connection.Close in answer to the virtual host's name."""
+STEADY_AFTER: Final = 5.0
+"""A connection that held for so long had not failed to be made."""
 
 
 class Link:
@@ -45,6 +58,12 @@ class Link:
         """Whether it is not needed yet, or connected at this moment."""
         return not self._closed and (self._keeper is None or self._connection is not None)
 
+    @property
+    def server(self) -> str:
+        """What the broker calls itself, with its version; empty while not connected."""
+        told = self._connection.server_properties if self._connection else {}
+        return " ".join(str(told[key]) for key in ("product", "version") if key in told)
+
     async def connection(self, *, timeout: float | None) -> AbstractConnection:
         """Return the connection, waiting for it up to `timeout` seconds.
 
@@ -54,7 +73,7 @@ class Link:
         """
         if self._closed:
             raise BrokerUnavailable("this transport is closed; nothing was sent")
-        if self._keeper is None:
+        if self._keeper is None or self._keeper.done():
             self._keeper = asyncio.create_task(self._keep(), name=f"brokertask link {self._name}")
         try:
             async with asyncio.timeout(timeout):
@@ -97,25 +116,28 @@ class Link:
     async def _keep(self) -> None:
         failures = 0
         while True:
-            try:
-                connection = await self._connect()
-            except (AMQPError, OSError, TimeoutError) as error:
+            connection = await self._try_to_connect()
+            if connection is None:
                 failures += 1
-                self._failure = error
-                if isinstance(error, ProbableAuthenticationError | ConnectionNotAllowed):
+                if isinstance(self._failure, REFUSALS):
                     self._answer.set()
-                pause = min(BACKOFF_MAX, 0.1 * 2**failures) * random.uniform(0.5, 1)
+                else:
+                    self._answer.clear()
+                pause = min(BACKOFF_MAX, 0.1 * 2 ** min(failures, 10)) * random.uniform(0.5, 1)
                 level = logging.WARNING if failures in (3, 10) else logging.DEBUG
                 log.log(level, "%s; next try in %.1f s", self._unavailable(), pause)
                 await asyncio.sleep(pause)
                 continue
             if failures:
                 log.info("connected to %s", mask(self._url))
-            failures = 0
+            began = asyncio.get_running_loop().time()
             await self._use(connection)
+            # What is closed as soon as it is accepted was no success: the backoff goes on.
+            steady = asyncio.get_running_loop().time() - began > STEADY_AFTER
+            failures = 0 if steady else failures + 1
             self._reconnected()
             # Every client of a restarted broker comes back at once: spread them a little.
-            await asyncio.sleep(random.uniform(0, 0.2))
+            await asyncio.sleep(min(BACKOFF_MAX, 0.1 * 2 ** min(failures, 10)) * random.random())
 
     async def _use(self, connection: AbstractConnection) -> None:
         """Offer the connection to callers until it is lost."""
@@ -127,14 +149,26 @@ class Link:
             self._connection = None
             self._answer.clear()
             await close_quietly(connection)
+            await _release_writers(connection)
         closing = connection.closing
         self._failure = None if closing.cancelled() else closing.exception()
         log.warning("connection to %s lost: %s", mask(self._url), describe(self._failure))
 
+    async def _try_to_connect(self) -> AbstractConnection | None:
+        """Return a new connection, or None: whatever the other side did, we come back."""
+        try:
+            async with asyncio.timeout(ATTEMPT_TIMEOUT):
+                return await self._connect()
+        except asyncio.CancelledError as error:
+            raise_if_cancelled(error)
+            self._failure = error
+        except Exception as error:
+            self._failure = error
+        return None
+
     async def _connect(self) -> AbstractConnection:
         connection = await aio_pika.connect(
             self._url,
-            timeout=ATTEMPT_TIMEOUT,
             heartbeat=self._heartbeat,
             client_properties={"connection_name": self._name},
         )
@@ -146,13 +180,15 @@ class Link:
     def _unavailable(self) -> BrokerUnavailable:
         cause = f" ({describe(self._failure)})" if self._failure else ""
         return BrokerUnavailable(
-            f"the broker at {mask(self._url)} cannot be reached{cause}; "
-            "is it running, and is BROKERTASK_AMQP_URL right?"
+            f"the broker at {mask(self._url)} cannot be reached{cause}; start it, name another "
+            "one in BROKERTASK_AMQP_URL, or run `brokertask dev` in this folder"
         )
 
 
 def describe(error: BaseException | None) -> str:
     """Return a foreign error as short text."""
+    if isinstance(error, InvalidFrameError):
+        return "it closed the connection when it heard the virtual host's name"
     if error is None:
         return "closed"
     return ", ".join(str(part) for part in error.args) or type(error).__name__
@@ -169,11 +205,30 @@ def raise_if_cancelled(error: asyncio.CancelledError) -> None:
         raise error
 
 
+async def _release_writers(connection: AbstractConnection) -> None:
+    """Let go of everybody who waits for room to write, as nobody writes here any more.
+
+    An ack that waited for ever would keep its run from being settled with the next delivery.
+    """
+    frames = connection.write_queue
+    while not frames.empty():
+        while not frames.empty():
+            frames.get_nowait()
+        await asyncio.sleep(0)
+
+
 async def close_quietly(resource: AbstractConnection | AbstractChannel) -> None:
     """Close a connection or channel that may be half dead, within a bounded time."""
+    with quietly():
+        async with asyncio.timeout(CLOSE_TIMEOUT):
+            await resource.close()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Suppress what a dying connection raises; a cancellation of ours is none of that."""
     try:
         with suppress(AMQPError, OSError, RuntimeError, TimeoutError):
-            async with asyncio.timeout(CLOSE_TIMEOUT):
-                await resource.close()
+            yield
     except asyncio.CancelledError as error:
         raise_if_cancelled(error)

@@ -24,6 +24,7 @@ from brokertask.errors import (
     AccessDenied,
     BrokerBlocked,
     BrokertaskError,
+    BrokerUnavailable,
     InvalidPayload,
     PublishError,
     PublishUnknown,
@@ -35,6 +36,9 @@ from brokertask.transport.rabbitmq.codec import properties_of
 from brokertask.transport.rabbitmq.link import Link, close_quietly, describe, raise_if_cancelled
 
 PROBE_TIMEOUT: Final = 0.005
+LOST_PAUSE: Final = 0.05
+BLOCKED_CHECK: Final = 1.0
+"""A connection that is lost while it is blocked never says that it is not blocked any more."""
 
 
 class Publisher:
@@ -52,9 +56,7 @@ class Publisher:
         """See `Transport.publish`."""
         deadline = asyncio.get_running_loop().time() + timeout
         async with self._alone(message.message_id):
-            connection = await self._link.connection(timeout=timeout)
-            await _until_unblocked(connection, deadline)
-            channel = await self._ready_channel(timeout)
+            channel = await self._ready_channel(deadline)
             try:
                 async with asyncio.timeout_at(deadline):
                     await channel.basic_publish(
@@ -66,7 +68,7 @@ class Publisher:
                         wait=False,
                     )
             except TimeoutError as error:
-                if await _blocked(connection):
+                if await _blocked(channel.connection):
                     raise _blocked_error(unknown=True) from error
                 raise PublishUnknown(
                     f"no answer from the broker within {timeout:g} s; the message may be stored"
@@ -87,14 +89,32 @@ class Publisher:
         if self._channel is not None:
             await close_quietly(self._channel)
 
-    async def _ready_channel(self, timeout: float) -> Channel:
-        async with self._opening:
-            if self._channel is None or self._channel.is_closed:
-                channel = await self._link.channel(confirms=True, timeout=timeout)
-                if not isinstance(channel, Channel):
-                    raise TypeError(f"aiormq gave a channel of type {type(channel).__name__}")
-                self._channel = channel
-            return self._channel
+    async def _ready_channel(self, deadline: float) -> Channel:
+        """Return an open channel on a connection that may publish; so far, nothing was sent."""
+        loop = asyncio.get_running_loop()
+        while True:
+            connection = await self._link.connection(timeout=deadline - loop.time())
+            try:
+                await _until_unblocked(connection, deadline)
+                if self._channel is not None and not self._channel.is_closed:
+                    return self._channel
+                async with asyncio.timeout_at(deadline), self._opening:
+                    return await self._open_channel()
+            except TimeoutError:
+                raise BrokerUnavailable("the broker opens no channel; nothing was sent") from None
+            except BrokerUnavailable:
+                # The connection was lost just now, and the link is about to notice.
+                if loop.time() + LOST_PAUSE > deadline:
+                    raise
+                await asyncio.sleep(LOST_PAUSE)
+
+    async def _open_channel(self) -> Channel:
+        if self._channel is None or self._channel.is_closed:
+            channel = await self._link.channel(confirms=True, timeout=None)
+            if not isinstance(channel, Channel):
+                raise TypeError(f"aiormq gave a channel of type {type(channel).__name__}")
+            self._channel = channel
+        return self._channel
 
     @asynccontextmanager
     async def _alone(self, message_id: str | None) -> AsyncIterator[None]:
@@ -161,11 +181,16 @@ def _blocked_error(*, unknown: bool) -> BrokerBlocked:
 
 
 async def _until_unblocked(connection: AbstractConnection, deadline: float) -> None:
-    try:
-        async with asyncio.timeout_at(deadline):
-            await connection.ready()
-    except TimeoutError:
-        raise _blocked_error(unknown=False) from None
+    """Return when no alarm keeps this connection from publishing."""
+    loop = asyncio.get_running_loop()
+    while not connection.is_closed:
+        try:
+            async with asyncio.timeout_at(min(deadline, loop.time() + BLOCKED_CHECK)):
+                return await connection.ready()
+        except TimeoutError:
+            if loop.time() >= deadline:
+                raise _blocked_error(unknown=False) from None
+    raise BrokerUnavailable("the connection was lost; nothing was sent")
 
 
 async def _blocked(connection: AbstractConnection) -> bool:

@@ -8,9 +8,9 @@ from contextlib import suppress
 from typing import Final
 
 from aiormq.abc import AbstractChannel
-from aiormq.exceptions import AMQPError
 
 from brokertask.envelope import Message
+from brokertask.errors import BrokertaskError
 from brokertask.topology import Binding, Queue, Route, Topology
 from brokertask.transport.base import Consumer, Depth, Difference, Receive
 from brokertask.transport.rabbitmq.consumer import (
@@ -24,6 +24,7 @@ from brokertask.transport.rabbitmq.link import Link
 from brokertask.transport.rabbitmq.publisher import Publisher
 
 CONNECT_TIMEOUT: Final = 30.0
+DELETE_TIMEOUT: Final = 3.0
 
 
 class RabbitTransport:
@@ -61,6 +62,11 @@ class RabbitTransport:
             and self._consuming.up
             and all(consumer.up for consumer in self._consumers)
         )
+
+    @property
+    def server(self) -> str:
+        """What the broker calls itself, with its version; empty while not connected."""
+        return self._publishing.server
 
     async def open(self, *, timeout: float) -> None:
         """Connect for publishing."""
@@ -139,9 +145,9 @@ class RabbitTransport:
         """Delete a queue; only for those a process made for itself."""
 
         async def ask(channel: AbstractChannel) -> None:
-            await channel.queue_delete(queue, timeout=RPC_TIMEOUT)
+            await channel.queue_delete(queue, timeout=DELETE_TIMEOUT)
 
-        await self._declarer.ask(ask, timeout=CONNECT_TIMEOUT)
+        await self._declarer.ask(ask, timeout=DELETE_TIMEOUT)
 
     async def _restore(self) -> None:
         """Make again what somebody deleted under us, if it was ours to make."""
@@ -163,5 +169,8 @@ class _Listener:
 
     async def close(self) -> None:
         await self._consumer.close()
-        with suppress(AMQPError):
+        if self._consumer in self._transport._consumers:
+            self._transport._consumers.remove(self._consumer)
+        # Without a broker to ask, the queue goes by its x-expires.
+        with suppress(BrokertaskError):
             await self._transport.delete(self._queue)

@@ -1,0 +1,122 @@
+"""What tasks really did, told outside brokertask: one line a fact, appended in one write.
+
+What is written survives kill -9 of its writer; with `durable` it is also on the disk before the
+task goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from brokertask import Context
+
+VARIABLE = "CRASH_JOURNAL"
+DURABLE_VARIABLE = "CRASH_JOURNAL_DURABLE"
+Fact: TypeAlias = Literal["started", "finished", "left"]
+"""`left`: the body ended by an exception, or was cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line."""
+
+    fact: Fact
+    run_id: str
+    task: str
+    attempt: int
+    pid: int
+    at: float
+    """Seconds on the machine's monotonic clock, the same in every process."""
+
+
+class Pen:
+    """Writes the journal of the environment; a process opens it at its first line."""
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+
+    def write(self, fact: Fact, context: Context) -> None:
+        if self._descriptor is None:
+            flags = os.O_APPEND | os.O_CREAT | os.O_WRONLY
+            self._descriptor = os.open(os.environ[VARIABLE], flags)
+        words = (fact, context.run_id, context.task, context.attempt, os.getpid(), time.monotonic())
+        os.write(self._descriptor, (" ".join(map(str, words)) + "\n").encode())
+        if os.environ.get(DURABLE_VARIABLE):
+            os.fsync(self._descriptor)
+
+    @contextmanager
+    def told(self, context: Context) -> Iterator[None]:
+        """Tell when the body of a task starts, and how it ends."""
+        self.write("started", context)
+        try:
+            yield
+        except BaseException:
+            self.write("left", context)
+            raise
+        self.write("finished", context)
+
+
+class Journal:
+    """Reads a journal, again and again while it grows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read = 0
+        self._entries: list[Entry] = []
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Every line so far, in the order they were written."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                file.seek(self._read)
+                whole = file.read().rpartition(b"\n")[0]
+            for line in whole.decode().splitlines():
+                self._entries.append(_entry(line))
+            self._read += len(whole) + 1 if whole else 0
+        return self._entries
+
+    def of(self, run_id: str, fact: Fact | None = None) -> list[Entry]:
+        return [
+            entry
+            for entry in self.entries
+            if entry.run_id == run_id and (fact is None or entry.fact == fact)
+        ]
+
+    def finished(self) -> Counter[str]:
+        """How often the body of each run came to its end."""
+        return Counter(entry.run_id for entry in self.entries if entry.fact == "finished")
+
+    def running(self) -> list[Entry]:
+        """The starts that have no end yet."""
+        open_: dict[tuple[int, str, int], Entry] = {}
+        for entry in self.entries:
+            key = entry.pid, entry.run_id, entry.attempt
+            if entry.fact == "started":
+                open_[key] = entry
+            else:
+                open_.pop(key, None)
+        return list(open_.values())
+
+    def most_at_once(self) -> dict[str, int]:
+        """The largest number of runs of each task that one process had at a time."""
+        now: dict[tuple[int, str], int] = defaultdict(int)
+        most: dict[str, int] = defaultdict(int)
+        for entry in self.entries:
+            key = entry.pid, entry.task
+            now[key] += 1 if entry.fact == "started" else -1
+            most[entry.task] = max(most[entry.task], now[key])
+        return dict(most)
+
+
+def _entry(line: str) -> Entry:
+    fact, run_id, task, attempt, pid, at = line.split(" ")
+    assert fact in ("started", "finished", "left"), line
+    return Entry(fact, run_id, task, int(attempt), int(pid), float(at))  # type: ignore[arg-type]
