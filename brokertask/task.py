@@ -355,11 +355,15 @@ def _checked(given: TaskOptions) -> Options:
 
 def check_async(function: F, what: str) -> F:
     """Return a function that is awaited later, or raise `InvalidOption` now."""
-    plain = inspect.isroutine(function) or isinstance(function, partial)
-    call = function if plain else type(function).__call__
-    if not inspect.iscoroutinefunction(inspect.unwrap(call)):
+    if not _is_async(function):
         raise InvalidOption(f"{what} is an async function, not {function!r}")
     return function
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    plain = inspect.isroutine(function) or isinstance(function, partial)
+    call = function if plain else type(function).__call__
+    return inspect.iscoroutinefunction(inspect.unwrap(call))
 
 
 def _check_names(where: str, given: Any, allowed: type) -> None:

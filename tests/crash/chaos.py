@@ -25,14 +25,22 @@ from brokertask.identity import uuid7
 from infra.rabbitmq.node import Node
 from tests.crash import subject
 from tests.crash.journal import DURABLE_VARIABLE, Entry
-from tests.crash.stage import SUBJECT, Stage, WorkerProcess, eventually, kill, start_worker
+from tests.crash.stage import (
+    SUBJECT,
+    Stage,
+    WorkerProcess,
+    eventually,
+    kill,
+    private_node,
+    start_worker,
+)
 
 PUBLISHERS: Final = 20
 MOST_WAITING: Final = 600
 """The publisher keeps no more runs than this in front of the workers, and waits for the faults:
 the load lasts until the last of them."""
 POISON_EVERY: Final = 7_000
-ENDING: Final = 240.0
+ENDING: Final = 120.0
 """Seconds after the last fault within which every run has to end."""
 RECOVERY: Final = 90.0
 COMPLETING: Final = 0.9
@@ -374,7 +382,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="brokertask-chaos-") as name:
         folder = kept or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        node = Node.create(folder / "node").start()
+        node = private_node(folder / "node")
         try:
             outcome = asyncio.run(play(node, node.url(), folder, options, say=say))
         finally:

@@ -10,13 +10,13 @@ import pytest
 
 from infra.rabbitmq.node import Node
 from tests.crash.proxy import Proxy
-from tests.crash.stage import Gate, Stage
+from tests.crash.stage import Gate, Stage, private_node
 
 
 @pytest.fixture(scope="session")
 def frail_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """A node that tests may kill, block and misconfigure; they leave it running and sound."""
-    node = Node.create(tmp_path_factory.mktemp("frail")).start()
+    node = private_node(tmp_path_factory.mktemp("frail"))
     yield node
     node.destroy()
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infra.rabbitmq.node import Node
-from tests.crash.stage import Stage, eventually
+from tests.crash.stage import Stage, eventually, private_node
 
 CLOCK_STEP = 0.001
 """Due times are whole milliseconds, so a start may be early by a part of one."""
@@ -74,7 +74,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="brokertask-delays-") as name:
         folder = Path(name)
-        node = Node.create(folder / "node").start()
+        node = private_node(folder / "node")
         try:
             sys.exit(asyncio.run(_measure(node, folder, options.count, options.seed)))
         finally:

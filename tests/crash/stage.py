@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import shutil
 import signal
 import sys
 import time
@@ -142,6 +143,17 @@ async def start_worker(
             },
         )
     return WorkerProcess(process, log)
+
+
+def private_node(folder: Path) -> Node:
+    """Start a private node with the settings recommended for production.
+
+    Without them a message that a dying broker was moving between two queues can take 180 s to
+    arrive: it is not lost, but these tests would have to wait for it.
+    """
+    node = Node.create(folder)
+    shutil.copy(ROOT / "infra/rabbitmq/advanced.config", node.directory)
+    return node.start()
 
 
 def kill(pid: int) -> None:

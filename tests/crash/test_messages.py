@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgpack
 import pytest
 
 from brokertask.envelope import Message
 from brokertask.errors import QueueFull, Unroutable
 from brokertask.transport.rabbitmq import RabbitTransport
+from brokertask.values import pack
 from tests.crash.proxy import Proxy
 from tests.crash.stage import SECONDS, Gate, Stage
 
@@ -65,15 +65,15 @@ def nested(depth: int) -> bytes:
 
 HOSTILE = {
     "garbage": Bad(b"\xc1\xff\x00garbage", "undecodable"),
-    "truncated": Bad(msgpack.packb({"number": 1})[:-3], "undecodable"),
+    "truncated": Bad(pack({"number": 1})[:-3], "undecodable"),
     "trailing": Bad(b"\x01\x02", "undecodable"),
     "empty": Bad(b"", "undecodable"),
     "100 deep": Bad(nested(100), "too_deep"),
     "100,000 deep": Bad(nested(100_000), "too_deep"),
-    "2 MiB": Bad(msgpack.packb("x" * 2_097_152), "too_large"),
+    "2 MiB": Bad(pack("x" * 2_097_152), "too_large"),
     "a length that lies": Bad(b"\xdd\xff\xff\xff\xff", "undecodable"),
     "an extension type": Bad(b"\xd4\x05\x00", "undecodable"),
-    "wrong schema": Bad(msgpack.packb({"not": "a number"}), "invalid"),
+    "wrong schema": Bad(pack({"not": "a number"}), "invalid"),
     "bad UTF-8": Bad(b"\xa2\xff\xfe", "undecodable"),
     "newer version": Bad(b"\x01", "unsupported_version", {"headers": {"bt-version": 99}}),
     "version as text": Bad(b"\x01", "undecodable", {"headers": {"bt-version": "two"}}),

@@ -30,8 +30,6 @@ if _foreign_log.level == logging.NOTSET:
 BACKOFF_MAX: Final = 15.0
 ATTEMPT_TIMEOUT: Final = 10.0
 CLOSE_TIMEOUT: Final = 2.0
-REFUSALS: Final = (ProbableAuthenticationError, ConnectionNotAllowed, InvalidFrameError)
-"""The last is how aiormq tells of a Connection.Close in answer to the virtual host's name."""
 STEADY_AFTER: Final = 5.0
 """A connection that held for so long had not failed to be made."""
 
@@ -82,7 +80,7 @@ class Link:
                     if self._connection is None:
                         raise AccessDenied(
                             f"the broker at {mask(self._url)} refuses the user, its password or "
-                            f"the virtual host: {self._failure}"
+                            f"the virtual host: {describe(self._failure)}"
                         )
         except TimeoutError:
             raise self._unavailable() from self._failure
@@ -119,7 +117,7 @@ class Link:
             connection = await self._try_to_connect()
             if connection is None:
                 failures += 1
-                if isinstance(self._failure, REFUSALS):
+                if _is_refusal(self._failure):
                     self._answer.set()
                 else:
                     self._answer.clear()
@@ -185,9 +183,20 @@ class Link:
         )
 
 
+def _is_refusal(error: BaseException | None) -> bool:
+    return isinstance(
+        error, ProbableAuthenticationError | ConnectionNotAllowed
+    ) or _closed_on_opening(error)
+
+
+def _closed_on_opening(error: BaseException | None) -> bool:
+    """Whether it is how aiormq tells of a Connection.Close in answer to the virtual host's name."""
+    return isinstance(error, InvalidFrameError) and "got <Connection.Close " in str(error)
+
+
 def describe(error: BaseException | None) -> str:
     """Return a foreign error as short text."""
-    if isinstance(error, InvalidFrameError):
+    if _closed_on_opening(error):
         return "it closed the connection when it heard the virtual host's name"
     if error is None:
         return "closed"
