@@ -29,6 +29,7 @@ from brokertask.outcome import (
     Failed,
     Interrupted,
     Outcome,
+    Repeated,
     Retrying,
     Sleeping,
     Succeeded,
@@ -104,7 +105,7 @@ class Executor:
             self._telemetry.buried(task.id, attempt.unread.reason)
             await self.settle(attempt, Failed(attempt.unread.reason, record))
         elif delivery.redelivered and attempt.key in self._settled:
-            await delivery.ack()
+            await self.settle(attempt, Repeated())
         elif (running := self._attempts.get(attempt.key)) is not None:
             # Ours already: the lease was lost, or the message doubled. One attempt serves both.
             running.deliveries.append(delivery)
@@ -237,7 +238,7 @@ class Executor:
         """Return what is published in place of the message that `outcome` settles, and where to."""
         envelope = attempt.envelope
         match outcome:
-            case Succeeded() | Expired():
+            case Succeeded() | Expired() | Repeated():
                 return None
             case Retrying(delay=delay, error=error):
                 memory = envelope.memory.with_error(error)

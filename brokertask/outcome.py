@@ -4,10 +4,11 @@
 | -------------- | --------------------------------------------------------------------- |
 | Succeeded      | event, ack                                                            |
 | Expired        | event, ack                                                            |
-| Retrying       | publish the continuation to the delay ladder, confirmed; event, ack   |
+| Retrying       | publish the next attempt to the delay ladder, confirmed; event, ack   |
 | Sleeping       | publish the message to the delay ladder, confirmed; ack               |
 | Failed         | publish to the dead-letter exchange, confirmed; event, ack            |
 | Interrupted    | publish the message back to its queue, confirmed; ack: not counted    |
+| Repeated       | ack                                                                   |
 """
 
 from __future__ import annotations
@@ -90,4 +91,9 @@ class Interrupted:
     """The worker is going away; the attempt does not count."""
 
 
-Outcome: TypeAlias = Succeeded | Expired | Retrying | Sleeping | Failed | Interrupted
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """The run was settled before, but the ack was lost with its connection."""
+
+
+Outcome: TypeAlias = Succeeded | Expired | Retrying | Sleeping | Failed | Interrupted | Repeated

@@ -17,6 +17,7 @@ from brokertask.outcome import (
     Failed,
     Interrupted,
     Outcome,
+    Repeated,
     Retrying,
     Sleeping,
     Succeeded,
@@ -158,7 +159,7 @@ def _words(outcome: Outcome) -> tuple[str, str | None]:
             return "retry", None
         case Failed():
             return "failed", keys.DEAD
-        case Sleeping():
+        case Sleeping() | Repeated():
             return "suspended", None
         case Interrupted():
             return "interrupted", None

@@ -114,4 +114,5 @@ def _read_any(data: bytes, kind: str) -> tuple[int, object]:
         return 4 + int.from_bytes(data[:4], "big"), {"bt-version": "unreadable"}
 
 
+# docs/decisions/0008-properties-that-cannot-be-read.md
 Basic.Properties.unmarshal = _read_any_properties  # type: ignore[assignment,method-assign]
