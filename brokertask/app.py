@@ -66,7 +66,8 @@ class App:
         """Use `broker`, and its clock, in place of the broker of the settings."""
         before, self._embedded = self._embedded, broker
         try:
-            yield
+            with self.client.afresh():
+                yield
         finally:
             self._embedded = before
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import traceback
 from asyncio import FIRST_COMPLETED
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -121,6 +123,7 @@ class Performer:
         self._clock = clock
         self._max_result_bytes = max_result_bytes
         self._threads = anyio.CapacityLimiter(threads)
+        self._counted = anyio.CapacityLimiter(math.inf)
         self._middleware = tuple(middleware)
         self._state = state
         self._code: set[asyncio.Task[Any]] = set()
@@ -141,6 +144,13 @@ class Performer:
 
     async def perform(self, attempt: Attempt, span: AttemptSpan) -> Outcome:
         """Run the task's code within its timeout and return what it came to, whatever it does."""
+        if attempt.task.is_async:
+            return await self._within_time(attempt, span)
+        # Before the clock starts: a run that waits for a thread has not overrun.
+        async with self._threads:
+            return Interrupted() if attempt.interrupted else await self._within_time(attempt, span)
+
+    async def _within_time(self, attempt: Attempt, span: AttemptSpan) -> Outcome:
         attempt.context = self._context(attempt, span.trace_id)
         envelope, timeout = attempt.envelope, attempt.task.options.timeout
         root, loop = envelope.root or envelope.run_id, asyncio.get_running_loop()
@@ -169,6 +179,8 @@ class Performer:
         """Return the end of a run that gets no further attempt, after its failure hooks."""
         if attempt.context is None:
             attempt.context = self._context(attempt, None)
+            with suppress(EnvelopeError, InvalidPayload):
+                attempt.context.payload = attempt.task.load(attempt.envelope.value())
         record = self.record(attempt, error)
         await self._call_hooks(attempt, attempt.task.failure_hooks, error)
         return Failed(reason, record)
@@ -185,7 +197,7 @@ class Performer:
             return _Raised(error, "invalid")
 
         async def innermost(inner: Context) -> Any:
-            return await task.call(inner, payload, threads=self._threads)
+            return await task.call(inner, payload, threads=self._counted)
 
         call: CallNext = innermost
         for middleware in reversed((*self._middleware, *task.options.middleware)):

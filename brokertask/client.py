@@ -10,8 +10,8 @@ import asyncio
 import contextvars
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Final, TypedDict
 
@@ -247,6 +247,15 @@ class Client:
         if opening is not None:
             with suppress(BrokertaskError):
                 await (await opening).close()
+
+    @contextmanager
+    def afresh(self) -> Iterator[None]:
+        """Begin with no session inside the block: it uses another broker, as tests do."""
+        before, self._sessions = self._sessions, {}
+        try:
+            yield
+        finally:
+            self._sessions = before
 
     def forget(self) -> None:
         """Begin anew, as a forked child has to: the sessions are its parent's."""

@@ -34,6 +34,7 @@ class Portal:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._pid = os.getpid()
         self._running: BlockingPortal | None = None
         self._thread = threading.current_thread()
         self._guests: WeakSet[Guest] = WeakSet()
@@ -44,6 +45,9 @@ class Portal:
 
     def call(self, work: Callable[[], Awaitable[T]]) -> T:
         """Run a coroutine function on the thread's loop and return its result."""
+        if os.getpid() != self._pid:
+            # Forked by something that is not Python, as uWSGI is: no hook was called.
+            self.after_fork()
         with self._lock:
             if self._running is None:
                 self._running, self._thread = _start()
@@ -64,6 +68,7 @@ class Portal:
     def after_fork(self) -> None:
         """Begin anew in a child: it has neither the thread nor a right to the connections."""
         self._lock = threading.Lock()
+        self._pid = os.getpid()
         self._running = None
         for guest in list(self._guests):
             guest.forget()

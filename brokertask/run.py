@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import weakref
 from collections.abc import Callable, Coroutine
@@ -86,6 +87,9 @@ class Run(Generic[R]):
         if (why := self._session.deaf) is not None:
             raise ResultUnavailable(why, run_id=self.run_id, task=self.task)
         limit = None if timeout is None else seconds(timeout)
+        if asyncio.get_running_loop() is not self._session.loop:
+            there = asyncio.run_coroutine_threadsafe(self.result(timeout=limit), self._session.loop)
+            return await asyncio.wrap_future(there)
         try:
             async with asyncio.timeout(limit):
                 await self._hearing.ended.wait()
@@ -245,6 +249,10 @@ def _refuse_event_loop(name: str, instead: str) -> None:
     except RuntimeError:
         return
     raise ConfigurationError(f"{name} would block the event loop; use {instead}")
+
+
+# A forked child has no worker's loop to send anything to.
+os.register_at_fork(after_in_child=lambda: running_in.set(None))
 
 
 def private_queue(name: str) -> Queue:

@@ -28,7 +28,7 @@ from brokertask.clock import VirtualClock
 from brokertask.deadletter import DeadLetter
 from brokertask.durations import Duration, readable, seconds
 from brokertask.envelope import Message
-from brokertask.errors import BrokertaskError
+from brokertask.errors import BrokertaskError, ConfigurationError
 from brokertask.events import COMPLETED, EXPIRED, FAILED, RETRYING, Event
 from brokertask.outcome import AttemptError
 from brokertask.run import Run
@@ -93,12 +93,14 @@ class Harness:
         self._tasks = tasks
         self._concurrency = concurrency
         self._resources = AsyncExitStack()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def __getitem__(self, run: Run[Any] | str) -> RunRecord:
         """Return what was heard of a run; KeyError if it was never attempted."""
         return self.runs[run if isinstance(run, str) else run.run_id]
 
     async def __aenter__(self) -> Harness:
+        self._loop = asyncio.get_running_loop()
         stack, names = self._resources, self.app.settings.names
         try:
             stack.callback(self.broker.close)
@@ -111,8 +113,6 @@ class Harness:
             stack.push_async_callback(listening.close)
             queue = Queue(f"{names.namespace}.harness", {"x-queue-type": "classic"})
             await listening.listen(queue, (Binding(names.events, queue.name, "#"),), self._hear)
-            # A session that was opened before is one with the broker of the settings.
-            await self.app.client.close()
             await self.app.client.open()
             stack.push_async_callback(self.app.client.close)
         except BaseException:
@@ -155,6 +155,11 @@ class Harness:
 
     async def _until(self, end_ms: int | None, timeout: float) -> None:
         loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            raise ConfigurationError(
+                "this harness was entered in another event loop; give its fixture the scope of the "
+                "test's loop"
+            )
         deadline = loop.time() + timeout
         while True:
             await self._settle()

@@ -63,10 +63,18 @@ class Orders:
         return [sys.executable, "-m", "brokertask.cli.child", json.dumps(said)]
 
 
+def _be_nobody() -> None:
+    """Let a process that a task has forked be ended: its signals are not for the worker."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def main() -> None:
     """Work until told to stop, and exit with one of the codes of `console.Exit`."""
     orders, descriptor = Orders(**json.loads(sys.argv[1])), int(sys.argv[2])
     os.set_inheritable(descriptor, False)
+    os.register_at_fork(after_in_child=_be_nobody)
     logs.configure(orders.log_level, orders.log_format)
     if orders.quiet:
         logging.getLogger("brokertask").setLevel(logging.WARNING)

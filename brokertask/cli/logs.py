@@ -13,8 +13,7 @@ from opentelemetry import trace
 
 from brokertask.run import running_in
 
-FIELDS: Final = ("run_id", "task", "attempt", "trace_id")
-"""What a record may tell of its run, in its extras."""
+_STANDARD: Final = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 FOREIGN: Final = ("aio_pika", "aiormq", "pamqp")
 
 
@@ -80,7 +79,7 @@ class _Json(logging.Formatter):
             "message": record.getMessage(),
             "pid": record.process,
         }
-        values |= {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
+        values |= {name: value for name, value in vars(record).items() if name not in _STANDARD}
         if record.exc_info:
             values["exception"] = self.formatException(record.exc_info)
         return json.dumps(values, ensure_ascii=False, default=str)

@@ -45,8 +45,9 @@ def configure(service_name: str) -> Callable[[], None]:
             says another.
 
     Returns:
-        A function that sends what is left and shuts down. It returns within 5 seconds, also when
-        the collector is gone, and never raises.
+        A function that sends what is left and shuts down what this has set up; providers that
+        somebody else has set are flushed. It returns within 5 seconds, also when the collector is
+        gone, and never raises.
 
     Raises:
         ConfigurationError: The exporter is not installed, or a protocol other than http/protobuf
@@ -54,7 +55,12 @@ def configure(service_name: str) -> Callable[[], None]:
     """
     if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return _nothing
-    stops: list[Stop] = []
+    # Those that the service made are its own to shut down. They are flushed, as a worker whose
+    # threads do not end leaves nothing of the service the time to do it.
+    foreign = (trace.get_tracer_provider(), metrics.get_meter_provider())
+    stops: list[Stop] = [
+        provider.force_flush for provider in foreign if hasattr(provider, "force_flush")
+    ]
     if _wanted("TRACES") and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         stops.append(_start_traces(service_name))
     if _wanted("METRICS") and _no_meter_provider():

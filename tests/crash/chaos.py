@@ -39,10 +39,22 @@ PUBLISHERS: Final = 20
 MOST_WAITING: Final = 600
 """The publisher keeps no more runs than this in front of the workers, and waits for the faults:
 the load lasts until the last of them."""
+MIX: Final = {
+    ("quick", 1, False): 70,
+    ("quick", 1, True): 8,
+    ("slow", 0.02, False): 6,
+    ("flaky", 1, False): 10,
+    ("flaky", 2, False): 2,
+    ("failing", None, False): 4,
+}
+"""Task, payload and whether it is delayed, and how many of a hundred runs are such."""
 POISON_EVERY: Final = 7_000
+"""One run in so many ends its process, each time it is tried."""
 ENDING: Final = 120.0
 """Seconds after the last fault within which every run has to end."""
 RECOVERY: Final = 90.0
+"""Seconds after a fault within which work has to go on."""
+STAGNATION: Final = 600.0
 COMPLETING: Final = 0.9
 """More of the runs than this complete; the others are meant to die."""
 
@@ -180,21 +192,16 @@ class Chaos:
         kinds: list[tuple[str, object, float]] = [
             ("exiting", 17, 0) for _ in range(max(1, self._options.runs // POISON_EVERY))
         ]
-        common: list[tuple[str, object]] = [
-            ("quick", 1), ("slow", 0.02), ("flaky", 1), ("flaky", 2), ("delayed", 1),
-            ("failing", None),
-        ]  # fmt: skip
-        for task, payload in self._choice.choices(
-            common, (70, 6, 10, 2, 8, 4), k=self._options.runs - len(kinds)
+        for task, payload, delayed in self._choice.choices(
+            list(MIX), list(MIX.values()), k=self._options.runs - len(kinds)
         ):
-            delay = self._choice.uniform(0.05, 3) if task == "delayed" else 0
-            kinds.append(("quick" if task == "delayed" else task, payload, delay))
+            kinds.append((task, payload, self._choice.uniform(0.05, 3) if delayed else 0))
         self._choice.shuffle(kinds)
         return kinds
 
     async def _publish(self, kinds: Iterator[tuple[str, object, float]]) -> None:
         for task, payload, delay in kinds:
-            await eventually(self._may_publish, "room for a run", timeout=RECOVERY)
+            await eventually(self._may_publish, "room for a run", timeout=STAGNATION)
             run_id = uuid7(time.time_ns() // 1_000_000)
             self._note(f"intended {task} {delay:.2f}", run_id)
             _, tries = await self._stage.trigger_surely(task, payload, run_id=run_id, delay=delay)
@@ -248,7 +255,9 @@ class Chaos:
         self._released = options.runs
 
     async def _until_finished(self, count: int) -> None:
-        await eventually(lambda: self._finished >= count, f"end of {count} runs", timeout=600)
+        await eventually(
+            lambda: self._finished >= count, f"end of {count} runs", timeout=STAGNATION
+        )
 
     async def _until_shown(self, shows: Callable[[Entry], bool], position: int, what: str) -> float:
         """Return when the journal, from `position` on, first shows something."""
@@ -389,7 +398,8 @@ def main() -> None:
             node.destroy()
     print(outcome.table())
     violations = list(outcome.violations())
-    print(*(f"VIOLATION  {violation}" for violation in violations), sep="\n", end="")
+    for violation in violations:
+        print(f"VIOLATION  {violation}")
     sys.exit(1 if violations else 0)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 from brokertask import Context
 
@@ -70,18 +70,18 @@ class Journal:
         self.path = path
         self._read = 0
         self._entries: list[Entry] = []
+        self._finished: Counter[str] = Counter()
 
     @property
     def entries(self) -> list[Entry]:
         """Every line so far, in the order they were written."""
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                file.seek(self._read)
-                whole = file.read().rpartition(b"\n")[0]
-            for line in whole.decode().splitlines():
-                self._entries.append(_entry(line))
-            self._read += len(whole) + 1 if whole else 0
+        self._catch_up()
         return self._entries
+
+    def finished(self) -> Counter[str]:
+        """How often the body of each run came to its end."""
+        self._catch_up()
+        return self._finished
 
     def of(self, run_id: str, fact: Fact | None = None) -> list[Entry]:
         return [
@@ -89,10 +89,6 @@ class Journal:
             for entry in self.entries
             if entry.run_id == run_id and (fact is None or entry.fact == fact)
         ]
-
-    def finished(self) -> Counter[str]:
-        """How often the body of each run came to its end."""
-        return Counter(entry.run_id for entry in self.entries if entry.fact == "finished")
 
     def running(self) -> list[Entry]:
         """The starts that have no end yet."""
@@ -115,8 +111,20 @@ class Journal:
             most[entry.task] = max(most[entry.task], now[key])
         return dict(most)
 
+    def _catch_up(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._read)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._read += len(whole) + len(newline)
+        for line in whole.decode().splitlines():
+            entry = _entry(line)
+            self._entries.append(entry)
+            if entry.fact == "finished":
+                self._finished[entry.run_id] += 1
+
 
 def _entry(line: str) -> Entry:
     fact, run_id, task, attempt, pid, at = line.split(" ")
-    assert fact in ("started", "finished", "left"), line
-    return Entry(fact, run_id, task, int(attempt), int(pid), float(at))  # type: ignore[arg-type]
+    return Entry(cast("Fact", fact), run_id, task, int(attempt), int(pid), float(at))

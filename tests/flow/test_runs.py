@@ -26,6 +26,8 @@ from brokertask import (
     Settings,
 )
 from brokertask.testing import DrainTimeout, Harness
+from brokertask.transport.base import Delivery
+from brokertask.transport.memory import MemoryTransport
 
 pytestmark = pytest.mark.anyio
 
@@ -609,3 +611,57 @@ async def test_drain_gives_up_on_a_task_that_waits_for_the_test(app: App) -> Non
         await waits.trigger()
         with pytest.raises(DrainTimeout, match="1 run"):
             await harness.drain(timeout=0.05)
+
+
+async def test_waiting_for_a_thread_does_not_count_against_the_timeout() -> None:
+    app = App("flow", settings=Settings(amqp_url="memory:", thread_limit=1))
+
+    @app.task(concurrency=4, timeout=0.15, retry=Retry(max_attempts=1))
+    def work(number: int) -> int:
+        threading.Event().wait(0.06)
+        return number
+
+    async with Harness(app) as harness:
+        runs = await work.trigger_many(range(4))
+        await harness.drain()
+        assert [harness[run].status for run in runs] == ["completed"] * 4
+
+
+async def test_a_view_under_test_triggers_in_the_harness_whatever_was_used_before(app: App) -> None:
+    @app.task
+    async def echo(text: str) -> str:
+        return text
+
+    for _ in range(2):
+        async with Harness(app) as harness:
+            run = await asyncio.to_thread(echo.trigger_sync, "x")
+            await harness.drain()
+            assert harness[run].status == "completed"
+            # From another event loop than the one it was triggered in.
+            assert await run.result(timeout=5) == "x"
+
+
+async def test_a_hook_of_a_crashed_run_is_given_its_payload(app: App) -> None:
+    heard: list[Order] = []
+
+    @app.task(retry=Retry(max_attempts=1))
+    async def slow(order: Order) -> None: ...
+
+    @slow.on_failure
+    async def tell(ctx: Context, error: BaseException) -> None:
+        heard.append(ctx.payload)
+
+    async with Harness(app) as harness:
+        await harness.stop_worker()
+        await slow.trigger(Order(number=7))
+        # Somebody takes the message and is gone.
+        taken: asyncio.Queue[Delivery] = asyncio.Queue()
+        transport = MemoryTransport(harness.broker)
+        await transport.open(timeout=1)
+        await transport.consume("bt.q.slow", taken.put_nowait, prefetch=1)
+        await taken.get()
+        await transport.close()
+        async with app.worker():
+            await harness.drain()
+        assert heard == [Order(number=7)]
+        assert [dead.reason for dead in harness.dead_letters("slow")] == ["crashed"]
