@@ -58,9 +58,8 @@ def configure(service_name: str) -> Callable[[], None]:
     # Those that the service made are its own to shut down. They are flushed, as a worker whose
     # threads do not end leaves nothing of the service the time to do it.
     foreign = (trace.get_tracer_provider(), metrics.get_meter_provider())
-    stops: list[Stop] = [
-        provider.force_flush for provider in foreign if hasattr(provider, "force_flush")
-    ]
+    flushes = (getattr(provider, "force_flush", None) for provider in foreign)
+    stops: list[Stop] = [flush for flush in flushes if flush is not None]
     if _wanted("TRACES") and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         stops.append(_start_traces(service_name))
     if _wanted("METRICS") and _no_meter_provider():
