@@ -52,6 +52,9 @@ POISON_EVERY: Final = 7_000
 """One run in so many ends its process, each time it is tried."""
 ENDING: Final = 120.0
 """Seconds after the last fault within which every run has to end."""
+SETTLING: Final = 11.0
+"""Seconds without work before it counts as done: a message that a dying broker was moving is moved
+again after ten."""
 RECOVERY: Final = 90.0
 """Seconds after a fault within which work has to go on."""
 STAGNATION: Final = 600.0
@@ -228,6 +231,7 @@ class Chaos:
             processes=self._options.workers,
             environment={DURABLE_VARIABLE: "1"},
         )
+        stage.workers = [self._worker]
         await self._worker.said(" consumes ", times=self._options.workers, timeout=30)
 
     # -- harm
@@ -314,8 +318,14 @@ class Chaos:
 
     async def _drain(self) -> None:
         assert self._worker is not None
+        try:
+            await self._stage.until_idle(lasting=SETTLING, timeout=ENDING)
+        except AssertionError as error:
+            self._say(str(error))
         code = await self._worker.stop(timeout=90)
         self._say(f"the worker stopped with exit code {code}")
+        self._stage.workers.clear()
+        self._outcome.left = await self._stage.held()
 
     async def _count(self) -> None:
         stage, outcome = self._stage, self._outcome
@@ -332,29 +342,7 @@ class Chaos:
             dead = await stage.dead(task)
             outcome.dead.update(f"{letter.reason} ({task})" for letter in dead)
             outcome.unexpected |= {letter.run_id for letter in dead} - set(stage.accepted)
-        outcome.left = await self._left_in_queues()
         outcome.seconds = time.monotonic() - self._begun
-
-    async def _left_in_queues(self) -> dict[str, int]:
-        """Return what is in every queue that has to be empty now, given time to empty itself."""
-        names = [
-            queue.name
-            for queue in subject.app.topology().queues
-            if not queue.name.startswith(self._stage.names.dead_queue(""))
-        ]
-
-        async def left() -> dict[str, int]:
-            depths = {name: await self._stage.transport.depth(name) for name in names}
-            return {name: depth.ready for name, depth in depths.items() if depth and depth.ready}
-
-        async def none_left() -> bool:
-            return not await left()
-
-        try:
-            await eventually(none_left, "empty queues", timeout=10)
-        except AssertionError:
-            return await left()
-        return {}
 
 
 def _limit(task: str) -> int:

@@ -31,7 +31,7 @@ async def test_a_broker_killed_under_load_loses_nothing(frail: Stage, frail_node
     await worker.said("connection to", times=4)
     await worker.said("lost")
     await worker.said("resumed")
-    await frail.check(timeout=60)
+    await frail.check(lasting=1.5, timeout=60)
     twice = sum(count - 1 for count in frail.journal.finished().values())
     assert twice <= 2 * (10 + 20 + 10), "more doubles than two workers can hold"
     assert {letter.reason for letter in await frail.dead("failing")} <= {"max_attempts", "crashed"}

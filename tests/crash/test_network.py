@@ -74,7 +74,7 @@ async def test_connections_cut_in_the_middle_of_a_frame_lose_nothing(
 ) -> None:
     worker = await stage.worker(url=proxy.url)
     cuts = random.Random(7)
-    for number in range(12):
+    for number in range(6):
         before = proxy.accepted
         for way in BOTH:
             proxy.cut_after(cuts.randint(1, 3_000), way)

@@ -167,6 +167,7 @@ class Link:
     async def _connect(self) -> AbstractConnection:
         connection = await aio_pika.connect(
             self._url,
+            connection_class=_OwnedConnection,
             heartbeat=self._heartbeat,
             client_properties={"connection_name": self._name},
         )
@@ -181,6 +182,13 @@ class Link:
             f"the broker at {mask(self._url)} cannot be reached{cause}; start it, name another "
             "one in BROKERTASK_AMQP_URL, or run `brokertask dev` in this folder"
         )
+
+
+class _OwnedConnection(aio_pika.Connection):
+    """Is closed by its link, not by the collector, which may come when no loop runs any more."""
+
+    def __del__(self) -> None:
+        """Do nothing."""
 
 
 def _is_refusal(error: BaseException | None) -> bool:
