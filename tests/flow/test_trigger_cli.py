@@ -215,13 +215,13 @@ async def failed(shop: Place, *words: str) -> Done:
 async def test_a_failed_run_ends_with_1(shop: Place) -> None:
     done = await failed(shop, "--wait")
     assert (done.code, done.out) == (1, "")
-    assert "dead-letter queue (aborted): brokertask.errors.Abort: negative" in done.err
+    assert "dead-letter queue (aborted): Abort: negative" in done.err
 
 
 async def test_a_failed_run_that_is_followed(shop: Place) -> None:
     done = await failed(shop, "--follow")
     assert (done.code, done.err) == (1, "")
-    told = "✗ attempt 1 failed  brokertask.errors.Abort: negative; dead (aborted)"
+    told = "✗ attempt 1 failed  Abort: negative; dead (aborted)"
     assert done.out.splitlines()[1:] == [told]
 
 
@@ -233,7 +233,7 @@ async def test_a_failed_run_as_json(shop: Place) -> None:
         "task": "charge",
         "status": "failed",
         "reason": "aborted",
-        "error": {"type": "brokertask.errors.Abort", "message": "negative"},
+        "error": {"type": "Abort", "message": "negative"},
     }
 
 
