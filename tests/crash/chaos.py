@@ -48,6 +48,8 @@ MIX: Final = {
     ("failing", None, False): 4,
 }
 """Task, payload and whether it is delayed, and how many of a hundred runs are such."""
+DOOMED: Final = ("failing", "exiting")
+"""Tasks whose runs never complete."""
 POISON_EVERY: Final = 7_000
 """One run in so many ends its process, each time it is tried."""
 ENDING: Final = 120.0
@@ -57,6 +59,9 @@ SETTLING: Final = 11.0
 again after ten."""
 RECOVERY: Final = 90.0
 """Seconds after a fault within which work has to go on."""
+PROBING: Final = 0.1
+"""Seconds between the runs that are triggered meanwhile: all the others may be done before a
+newcomer is ready, which would then have nothing to show."""
 STAGNATION: Final = 600.0
 COMPLETING: Final = 0.9
 """More of the runs than this complete; the others are meant to die."""
@@ -90,6 +95,8 @@ class Outcome:
     triggered: int = 0
     repeated: int = 0
     """Triggers that were published once more, as the first answer was an error."""
+    probes: int = 0
+    """Runs beyond `Options.runs`, to see work go on after a fault."""
     completed: int = 0
     dead: Counter[str] = field(default_factory=Counter)
     missing: set[str] = field(default_factory=set)
@@ -127,7 +134,10 @@ class Outcome:
         """Return it for people."""
         options = self.options
         rows = [
-            ("triggered", f"{self.triggered} ({self.repeated} publishes repeated)"),
+            (
+                "triggered",
+                f"{self.triggered} ({self.probes} probes, {self.repeated} publishes repeated)",
+            ),
             ("completed", self.completed),
             *((f"dead: {reason}", count) for reason, count in sorted(self.dead.items())),
             ("missing", f"{len(self.missing)} (must be 0)"),
@@ -163,6 +173,8 @@ class Chaos:
         self._worker: WorkerProcess | None = None
         self._workers_started = 0
         self._finished = 0
+        self._promising = 0
+        """How many of the accepted runs are going to complete."""
         self._released = 0
         """How many runs may be triggered before the next fault."""
         self._begun = time.monotonic()
@@ -205,15 +217,20 @@ class Chaos:
     async def _publish(self, kinds: Iterator[tuple[str, object, float]]) -> None:
         for task, payload, delay in kinds:
             await eventually(self._may_publish, "room for a run", timeout=STAGNATION)
-            run_id = uuid7(time.time_ns() // 1_000_000)
-            self._note(f"intended {task} {delay:.2f}", run_id)
-            _, tries = await self._stage.trigger_surely(task, payload, run_id=run_id, delay=delay)
-            self._note("accepted", run_id)
-            self._outcome.repeated += tries - 1
+            await self._trigger(task, payload, delay)
+
+    async def _trigger(self, task: str, payload: object, delay: float) -> None:
+        run_id = uuid7(time.time_ns() // 1_000_000)
+        self._note(f"intended {task} {delay:.2f}", run_id)
+        _, tries = await self._stage.trigger_surely(task, payload, run_id=run_id, delay=delay)
+        self._note("accepted", run_id)
+        self._outcome.repeated += tries - 1
+        self._promising += task not in DOOMED
 
     def _may_publish(self) -> bool:
-        accepted = len(self._stage.accepted)
-        return accepted - self._finished < MOST_WAITING and accepted < self._released
+        waiting = self._promising - self._finished
+        triggered = len(self._stage.accepted) - self._outcome.probes
+        return waiting < MOST_WAITING and triggered < self._released
 
     def _note(self, word: str, run_id: str) -> None:
         os.write(self._intent, f"{word} {run_id}\n".encode())
@@ -265,12 +282,23 @@ class Chaos:
 
     async def _until_shown(self, shows: Callable[[Entry], bool], position: int, what: str) -> float:
         """Return when the journal, from `position` on, first shows something."""
-        entry = await eventually(
-            lambda: next(filter(shows, self._stage.journal.entries[position:]), None),
-            what,
-            timeout=RECOVERY,
-        )
+        shown = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._probe(shown))
+            entry = await eventually(
+                lambda: next(filter(shows, self._stage.journal.entries[position:]), None),
+                what,
+                timeout=RECOVERY,
+            )
+            shown.set()
         return float(entry.at)
+
+    async def _probe(self, shown: asyncio.Event) -> None:
+        """Trigger a run now and then until work is shown; never left between publish and note."""
+        while not shown.is_set():
+            self._outcome.probes += 1
+            await self._trigger("quick", 1, 0)
+            await asyncio.sleep(PROBING)
 
     async def _kill_child(self, known: set[int]) -> tuple[str, Callable[[Entry], bool]]:
         worker = self._worker
