@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
+from infra.rabbitmq.installation import Installation, NodeError
 from infra.rabbitmq.node import Node
 
 NODE_VARIABLE = "BROKERTASK_TEST_NODE"
@@ -16,6 +17,15 @@ NODE_VARIABLE = "BROKERTASK_TEST_NODE"
 # How long an example takes tells of the machine.
 hypothesis.settings.register_profile("brokertask", deadline=None)
 hypothesis.settings.load_profile("brokertask")
+
+
+def pytest_sessionstart() -> None:
+    """Have the release that BROKERTASK_TEST_RELEASE names: making it takes more than a test may."""
+    try:
+        if not (release := Installation.chosen()).own:
+            release.ensure()
+    except NodeError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 @pytest.fixture
@@ -28,7 +38,8 @@ def rabbitmq_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """A private node for this run; or that in the folder BROKERTASK_TEST_NODE, left running."""
     kept = os.environ.get(NODE_VARIABLE)
     try:
-        node = Node.create(kept or tmp_path_factory.mktemp("rabbitmq")).start()
+        folder = kept or tmp_path_factory.mktemp("rabbitmq")
+        node = Node.create(folder, installation=Installation.chosen()).start()
     except (Exception, SystemExit) as error:
         pytest.fail(f"these tests need RabbitMQ, and it does not start: {error}", pytrace=False)
     yield node

@@ -11,7 +11,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from infra.rabbitmq.node import Node, NodeError, cluster, ensure_installed, programs
+from infra.rabbitmq.installation import RELEASES, Installation, NodeError
+from infra.rabbitmq.node import Node, cluster
 
 IMAGE = "rabbitmq:4-management"
 
@@ -51,14 +52,19 @@ def main() -> None:
     def command(name: str, purpose: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, parents=[common], help=purpose, description=purpose)
 
-    command("up", "start the node and print its AMQP URL").add_argument("--port", type=int)
+    up = command("up", "start the node and print its AMQP URL")
+    up.add_argument("--port", type=int)
     command("find", "print BROKERTASK_AMQP_URL, else what listens on 5672, else do `up`")
     command("down", "stop it in order; its data stays in the folder")
     command("kill", "stop it with SIGKILL")
     command("status", "say whether it runs")
     command("url", "print its AMQP URL")
     command("ctl", "run rabbitmqctl, as in: ctl -- list_queues").add_argument("words", nargs="*")
-    command("cluster", "three nodes").add_argument("action", choices=["up", "down"])
+    several = command("cluster", "three nodes")
+    several.add_argument("action", choices=["up", "down"])
+    releases = f"of another RabbitMQ: {' or '.join(RELEASES)} (as root; made in the user's cache)"
+    for making in (up, several):
+        making.add_argument("--release", type=Installation.of, help=releases)
     try:
         if answer := _answer(parser.parse_args()):
             print(answer)
@@ -70,10 +76,12 @@ def _answer(options: argparse.Namespace) -> str:
     folder: Path = options.dir
     if options.command == "find" and (url := _found()):
         return url
+    installation: Installation | None = getattr(options, "release", None)
     if options.command in ("up", "find"):
-        return _up(Node.create(folder, port=getattr(options, "port", None)))
+        port: int | None = getattr(options, "port", None)
+        return _up(Node.create(folder, port=port, installation=installation))
     if options.command == "cluster":
-        return _cluster(folder / "cluster", options.action)
+        return _cluster(folder / "cluster", options.action, installation)
     if not (folder / "node.json").exists():
         if options.command == "down":
             return ""
@@ -106,9 +114,9 @@ def _found() -> str | None:
 
 def _up(node: Node) -> str:
     try:
-        ensure_installed()
+        node.installation.ensure()
     except NodeError:
-        if not _container(node, up=True):
+        if not (node.installation.own and _container(node, up=True)):
             raise
     else:
         node.start()
@@ -117,7 +125,7 @@ def _up(node: Node) -> str:
 
 def _down(node: Node) -> str:
     node.stop(final=True)
-    if programs() is None:
+    if node.installation.own and node.installation.version is None:
         _container(node, up=False)
     return ""
 
@@ -128,9 +136,9 @@ def _status(node: Node) -> str:
     return f"{node.name} runs with pid {node.pid} at {node.url()}"
 
 
-def _cluster(folder: Path, action: str) -> str:
+def _cluster(folder: Path, action: str, installation: Installation | None) -> str:
     if action == "up":
-        return "\n".join(node.url() for node in cluster(folder))
+        return "\n".join(node.url() for node in cluster(folder, installation=installation))
     nodes = [Node.create(state.parent) for state in sorted(folder.glob("*/node.json"))]
     with ThreadPoolExecutor() as threads:
         list(threads.map(Node.stop, nodes))

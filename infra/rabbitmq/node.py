@@ -2,14 +2,14 @@
 """Private RabbitMQ nodes, for tests and for a laptop.
 
 A node lives in one folder: configuration, cookie, database, log, pids and ports. It shares nothing
-with the system's RabbitMQ, needs no root, listens on loopback only, and is gone with its folder.
+with the system's RabbitMQ but the programs, listens on loopback only, and is gone with its folder.
+It needs no root, but for another release of RabbitMQ; see `installation`.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -19,15 +19,19 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from infra.rabbitmq.installation import Installation, NodeError, locked
+from infra.rabbitmq.process import Process, until
 
 BOOT_TIMEOUT = 120.0  # 7 s on an idle machine; a loaded one needs far more
 STOP_TIMEOUT = 60.0
@@ -43,51 +47,6 @@ log.file = rabbit.log
 """
 
 
-class NodeError(RuntimeError):
-    """A node could not do what it was asked; the message ends with what RabbitMQ said."""
-
-
-@dataclass(frozen=True)
-class Process:
-    """A process that outlives whoever starts it, found again by the pid in a file."""
-
-    pid_file: Path
-    mark: str
-    """A setting in its environment: proof that the pid has not passed to a stranger."""
-
-    @property
-    def pid(self) -> int | None:
-        """The pid, if the process lives."""
-        try:
-            pid = int(self.pid_file.read_text())
-            process = Path(f"/proc/{pid}")
-            while not (environment := (process / "environ").read_bytes()):
-                if b") Z" in (process / "stat").read_bytes():
-                    return None  # dead; its parent has yet to notice
-            return pid if self.mark.encode() in environment.split(b"\0") else None
-        except (OSError, ValueError):
-            return None
-
-    def spawn(self, command: list[str], environment: dict[str, str], log: Path) -> None:
-        """Start it as nobody's child, with its pid in the file before this returns."""
-        script = 'log=$1 pid_file=$2; shift 2; "$@" </dev/null >>"$log" 2>&1 & echo $! >"$pid_file"'
-        subprocess.run(
-            ["sh", "-c", script, "sh", str(log), str(self.pid_file), *command],
-            env=environment,
-            cwd=log.parent,
-            start_new_session=True,
-            check=True,
-        )
-
-    def stop(self, sign: signal.Signals = signal.SIGKILL, timeout: float = 10) -> None:
-        """Send a signal and wait for the end."""
-        if (pid := self.pid) is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, sign)
-            _until(lambda: self.pid is None, timeout, f"process {pid} does not stop")
-        self.pid_file.unlink(missing_ok=True)
-
-
 @dataclass(frozen=True)
 class Node:
     """A private RabbitMQ node: `create` it, then `start` it. Calls work from any process."""
@@ -100,23 +59,36 @@ class Node:
     management_port: int
     dist_port: int
     epmd_port: int
+    installation: Installation
 
     @classmethod
     def create(
-        cls, directory: Path | str, *, port: int | None = None, peer: Node | None = None
+        cls,
+        directory: Path | str,
+        *,
+        port: int | None = None,
+        peer: Node | None = None,
+        installation: Installation | None = None,
     ) -> Node:
-        """The node of this folder, made the first time. It can join the cluster of its `peer`."""
+        """The node of this folder, made the first time. It can join the cluster of its `peer`.
+
+        A new one has its peer's installation by default, or the one that is chosen for tests.
+        """
         directory = Path(directory).resolve()
         directory.mkdir(parents=True, exist_ok=True)
         state = directory / "node.json"
-        with _locked(directory):
+        with locked(directory):
             if not state.exists():
                 _furnish(directory / "home", peer)
-                state.write_text(json.dumps(_identity(directory, port, peer), indent=2) + "\n")
+                identity = _identity(directory, port, peer, installation)
+                state.write_text(json.dumps(identity, indent=2) + "\n")
             known = json.loads(state.read_text())
+        programs = Installation(Path(known.pop("root", "/")))
         if port not in (None, known["port"]):
             raise NodeError(f"the node in {directory} has port {known['port']}, not {port}")
-        return cls(directory, (directory / "home").resolve(), **known)
+        if installation not in (None, programs):
+            raise NodeError(f"the node in {directory} is of {programs}, not {installation}")
+        return cls(directory, (directory / "home").resolve(), **known, installation=programs)
 
     # -- life
 
@@ -132,7 +104,7 @@ class Node:
 
     def start(self) -> Node:
         """Boot and wait until it serves; also the way back after `kill`. Does nothing when up."""
-        with _locked(self.home):
+        with locked(self.home):
             if not self.running:
                 self._boot()
         return self.wait()
@@ -145,7 +117,7 @@ class Node:
                 raise NodeError(f"{self.name} stopped while booting:\n{self._last_words()}")
             return _listening(self.port)
 
-        _until(ready, timeout, f"{self.name} does not listen on port {self.port}")
+        until(ready, timeout, f"{self.name} does not listen on port {self.port}")
         self.ctl("wait", "--timeout", str(int(timeout)), "--pid", str(self.pid))
         return self
 
@@ -176,7 +148,7 @@ class Node:
         """Run `rabbitmqctl`: it can do everything, but takes half a second. `api` is quick."""
         if not self.running:  # rabbitmqctl would leave an epmd of its own behind
             raise NodeError(f"{self.name} is not running")
-        command = [str(ensure_installed() / "rabbitmqctl"), "-q", *arguments]
+        command = self._command("rabbitmqctl", "-q", *arguments)
         done = subprocess.run(command, env=self._environment(), capture_output=True, text=True)
         if done.returncode:
             raise NodeError(f"rabbitmqctl {' '.join(arguments)}: {done.stderr}{done.stdout}")
@@ -261,11 +233,15 @@ class Node:
         (self.directory / "enabled_plugins").write_text("[rabbitmq_management].\n")
         environment = self._environment()
         if self._epmd.pid is None:  # left to Erlang, nobody would know its pid
-            self._epmd.spawn([_epmd_program()], environment, self._log / "epmd.log")
-            _until(lambda: _listening(self.epmd_port), 10, "epmd does not start")
+            self._epmd.spawn(self._command("epmd"), environment, self._log / "epmd.log")
+            until(lambda: _listening(self.epmd_port), 10, "epmd does not start")
         # ALLOW_INPUT lets the script exec Erlang: the pid is known before anything can fail.
-        server = [str(ensure_installed() / "rabbitmq-server"), "-noinput"]
+        server = self._command("rabbitmq-server", "-noinput")
         self._server.spawn(server, environment, self._log / "boot.log")
+
+    def _command(self, program: str, *arguments: str) -> list[str]:
+        folders = (self.directory, self.home)
+        return self.installation.ensure().command(program, *arguments, folders=folders)
 
     def _environment(self) -> dict[str, str]:
         foreign = ("RABBITMQ_", "ERL_")  # the settings of another broker must not leak in
@@ -300,9 +276,11 @@ class Node:
         return "\n".join(line for tail in lines for line in tail)
 
 
-def cluster(directory: Path | str, size: int = 3) -> list[Node]:
+def cluster(
+    directory: Path | str, size: int = 3, *, installation: Installation | None = None
+) -> list[Node]:
     """Start the nodes of a cluster below this folder, and join them the first time."""
-    first = Node.create(Path(directory) / "1")
+    first = Node.create(Path(directory) / "1", installation=installation)
     rest = [Node.create(Path(directory) / str(n), peer=first) for n in range(2, size + 1)]
     with ThreadPoolExecutor(size) as threads:  # together: after a full stop each waits for all
         list(threads.map(Node.start, [first, *rest]))
@@ -312,28 +290,6 @@ def cluster(directory: Path | str, size: int = 3) -> list[Node]:
             for step in (["stop_app"], ["reset"], ["join_cluster", first.name], ["start_app"]):
                 node.ctl(*step)
     return [first, *rest]
-
-
-def programs() -> Path | None:
-    """The folder of RabbitMQ's scripts; not the wrappers in /usr/sbin, which change the user."""
-    return max(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin"), default=None)
-
-
-def ensure_installed() -> Path:
-    """Install RabbitMQ if it is missing; an error is one sentence that says what to do."""
-    setup = Path(__file__).resolve().parents[1] / "setup.sh"
-    if programs() is None:
-        subprocess.run(["sh", str(setup), "packages", "rabbitmq-server"], stdout=sys.stderr)
-    if (folder := programs()) is None:
-        raise NodeError("RabbitMQ is missing here: install rabbitmq-server, docker or podman.")
-    return folder
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _furnish(home: Path, peer: Node | None) -> None:
@@ -348,7 +304,10 @@ def _furnish(home: Path, peer: Node | None) -> None:
     cookie.chmod(0o400)  # Erlang refuses one that others could read
 
 
-def _identity(directory: Path, port: int | None, peer: Node | None) -> dict[str, str | int]:
+def _identity(
+    directory: Path, port: int | None, peer: Node | None, installation: Installation | None
+) -> dict[str, str | int]:
+    programs = installation or (peer.installation if peer else Installation.chosen())
     amqp, management, dist, epmd = _free_ports(4)
     return {
         "name": f"brokertask-{hashlib.sha256(bytes(directory)).hexdigest()[:8]}@localhost",
@@ -356,12 +315,8 @@ def _identity(directory: Path, port: int | None, peer: Node | None) -> dict[str,
         "management_port": management,
         "dist_port": dist,
         "epmd_port": peer.epmd_port if peer else epmd,
+        "root": str(programs.root),
     }
-
-
-def _epmd_program() -> str:
-    beside_erlang = sorted(str(path) for path in Path("/usr/lib/erlang").glob("erts-*/bin/epmd"))
-    return shutil.which("epmd") or beside_erlang[-1]
 
 
 def _free_ports(count: int) -> list[int]:
@@ -385,16 +340,7 @@ def _listening(port: int) -> bool:
     return False
 
 
-def _until(condition: Callable[[], bool], timeout: float, complaint: str) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise NodeError(f"{complaint} (waited {timeout:.0f} s)")
-        time.sleep(0.05)
-
-
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from infra.rabbitmq.cli import main
 
     main()
