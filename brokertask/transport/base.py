@@ -70,7 +70,32 @@ Receive: TypeAlias = Callable[[Delivery], None]
 
 
 class Consumer(Protocol):
-    """A subscription to one queue. Survives reconnects; each reconnect delivers anew."""
+    """A subscription to one queue. Survives reconnects; each reconnect delivers anew.
+
+    Where its queue is deleted, it consumes again as soon as there is one of that name. A queue
+    that was declared over the same transport is made anew for it.
+    """
+
+    async def limit(self, prefetch: int) -> None:
+        """Take at most `prefetch` further unsettled deliveries from now on; none for 0 or less.
+
+        What was handed out before stays live and does not count, nor does it make room when it is
+        settled: the caller gives the number of its free slots. Of concurrent calls the last one
+        wins. A lost connection raises nothing, and all that was held comes again: a consumer that
+        resumes begins anew, with the prefetch it was made with. After `stop` this does nothing.
+
+        A slot that stays busy when its delivery is settled is to be taken out before that. To
+        take free room away races with what is on its way: that still comes, in addition, or goes
+        back to its queue, on RabbitMQ counted as one more lost delivery. So does the first limit
+        of a consumer that was not made to be `limited`.
+
+        A paused consumer counts as up. Once it holds nothing it is none to the broker: `Depth`
+        does not count it, and it does not keep a queue from expiring. For RabbitMQ, a consumer
+        with a limit is as many consumers as it has room.
+
+        Cost: on RabbitMQ a round trip for each delivery that room is made for or taken from.
+        """
+        ...
 
     async def stop(self) -> None:
         """Take no more deliveries. Those that were delivered stay live and can be settled."""
@@ -139,8 +164,13 @@ class Transport(Protocol):
         """
         ...
 
-    async def consume(self, queue: str, receive: Receive, *, prefetch: int) -> Consumer:
+    async def consume(
+        self, queue: str, receive: Receive, *, prefetch: int, limited: bool = False
+    ) -> Consumer:
         """Deliver messages of `queue` to `receive`, at most `prefetch` unsettled at a time.
+
+        A prefetch of 0 is no limit, as in AMQP; only `Consumer.limit` takes it for a pause. One
+        that is `limited` is going to have limits, and is made such that they lose nothing.
 
         Raises:
             ConfigurationError: There is no such queue.
@@ -165,13 +195,26 @@ class Transport(Protocol):
         """Return what `queue` holds, or None if it does not exist."""
         ...
 
+    async def delete(self, queue: str) -> None:
+        """Delete `queue` with all that it holds; nothing happens if it does not exist.
+
+        Deliveries from it are gone, too, and this transport does not make it anew by itself. Close
+        its consumers first: RabbitMQ 3.10 tells them nothing, and delivers nothing to them, when
+        a queue of that name is declared at once.
+
+        Raises:
+            AccessDenied: This user may not delete it.
+            BrokerUnavailable: There was no answer; it may be deleted.
+        """
+        ...
+
     async def listen(
         self, queue: Queue, bindings: tuple[Binding, ...], receive: Callable[[Message], None]
     ) -> Consumer:
         """Deliver to `receive` what `bindings` route, over a queue of this process's own.
 
-        Messages are settled on receipt. The queue is remade after a reconnect if it is gone, and
-        deleted by `close`.
+        Messages are settled on receipt, so that a limit means nothing to this consumer. The queue
+        is remade after a reconnect if it is gone, and deleted by `close`.
 
         Raises:
             AccessDenied: This user may not declare, bind or read it.

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import pytest
 
 from brokertask.envelope import Message
-from brokertask.topology import Binding, Names, Queue, QueueOptions, TaskQueue, Topology, topology
-from brokertask.transport.base import Delivery, Transport
+from brokertask.errors import Unroutable
+from brokertask.topology import (
+    Binding,
+    Names,
+    Queue,
+    QueueOptions,
+    Route,
+    TaskQueue,
+    Topology,
+    topology,
+)
+from brokertask.transport.base import Consumer, Delivery, Depth, Transport
 from brokertask.transport.memory import MemoryBroker, MemoryTransport
 from brokertask.transport.rabbitmq import RabbitTransport
-from brokertask.transport.socket import SocketTransport, serve
+from brokertask.transport.socket import SocketServer, SocketTransport, serve
+from infra.rabbitmq.node import Node
 
 Connect: TypeAlias = Callable[[], Awaitable[Transport]]
+Cut: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 Item = TypeVar("Item", Delivery, Message)
 
 NAMES = Names("bt")
@@ -77,11 +90,17 @@ async def send(transport: Transport, *bodies: bytes) -> None:
         await transport.publish(TRIGGER, Message(body=body), timeout=SECONDS)
 
 
+async def subscribe(
+    transport: Transport, queue: str = WORK, *, prefetch: int = 10
+) -> tuple[Consumer, Inbox[Delivery]]:
+    inbox = Inbox[Delivery]()
+    return await transport.consume(queue, inbox, prefetch=prefetch), inbox
+
+
 async def consume(
     transport: Transport, queue: str = WORK, *, prefetch: int = 10
 ) -> Inbox[Delivery]:
-    inbox = Inbox[Delivery]()
-    await transport.consume(queue, inbox, prefetch=prefetch)
+    _, inbox = await subscribe(transport, queue, prefetch=prefetch)
     return inbox
 
 
@@ -98,25 +117,97 @@ async def until_ready(transport: Transport, count: int, queue: str = WORK) -> No
             await asyncio.sleep(0.01)
 
 
+async def until_depth(transport: Transport, depth: Depth, queue: str = WORK) -> None:
+    """Return once the broker says so; a consumer that has just gone may still be counted."""
+    async with asyncio.timeout(SECONDS):
+        while await transport.depth(queue) != depth:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return once something is true that sets no event."""
+    async with asyncio.timeout(SECONDS):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def send_when_routed(transport: Transport, route: Route, body: bytes) -> None:
+    """Publish once there is a queue for it."""
+    async with asyncio.timeout(SECONDS):
+        while True:
+            try:
+                return await transport.publish(route, Message(body=body), timeout=SECONDS)
+            except Unroutable:
+                await asyncio.sleep(0.01)
+
+
+@dataclass(frozen=True, slots=True)
+class Broker:
+    """A broker of one kind: how to connect to it, and how it loses every connection."""
+
+    make: Callable[[], Transport]
+    cut: Cut
+
+
+def _in_process(stack: AsyncExitStack) -> Broker:
+    broker = MemoryBroker()
+    stack.callback(broker.close)
+
+    async def cut() -> None:
+        broker.drop_connections()
+
+    return Broker(lambda: MemoryTransport(broker), cut)
+
+
+async def _behind_a_socket(stack: AsyncExitStack, path: Path) -> Broker:
+    broker = MemoryBroker()
+    stack.callback(broker.close)
+    servers: list[SocketServer] = [await serve(broker, path)]
+
+    async def close() -> None:
+        await servers.pop().close()
+
+    async def cut() -> None:
+        await close()
+        servers.append(await serve(broker, path))
+
+    stack.push_async_callback(close)
+    return Broker(lambda: SocketTransport(path), cut)
+
+
+def _rabbitmq(node: Node, url: str) -> Broker:
+    async def cut() -> None:
+        await asyncio.to_thread(node.close_connections)
+
+    return Broker(lambda: RabbitTransport(url), cut)
+
+
 @pytest.fixture(params=["memory", "socket", "rabbitmq"])
-async def connect(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Connect]:
-    """A function that returns one more open transport to the same broker."""
+async def broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Broker]:
+    """An empty broker of each kind."""
     async with AsyncExitStack() as stack:
         if request.param == "rabbitmq":
-            url: str = request.getfixturevalue("amqp_url")
-            make: Callable[[], Transport] = lambda: RabbitTransport(url)  # noqa: E731
+            node, url = (request.getfixturevalue(name) for name in ("rabbitmq_node", "amqp_url"))
+            yield _rabbitmq(node, url)
+        elif request.param == "socket":
+            yield await _behind_a_socket(stack, tmp_path / "broker" / "dev.sock")
         else:
-            broker = MemoryBroker()
-            stack.callback(broker.close)
-            path = tmp_path / "broker" / "dev.sock"
-            if request.param == "socket":
-                stack.push_async_callback((await serve(broker, path)).close)
-                make = lambda: SocketTransport(path)  # noqa: E731
-            else:
-                make = lambda: MemoryTransport(broker)  # noqa: E731
+            yield _in_process(stack)
+
+
+@pytest.fixture
+async def cut(broker: Broker) -> Cut:
+    """A function that cuts every connection; the transports are to come back by themselves."""
+    return broker.cut
+
+
+@pytest.fixture
+async def connect(broker: Broker) -> AsyncIterator[Connect]:
+    """A function that returns one more open transport to the same broker."""
+    async with AsyncExitStack() as stack:
 
         async def connect() -> Transport:
-            transport = make()
+            transport = broker.make()
             await transport.open(timeout=SECONDS)
             stack.push_async_callback(transport.close)
             return transport

@@ -10,7 +10,7 @@ import pytest
 
 from brokertask.envelope import Message
 from brokertask.errors import Unroutable
-from brokertask.topology import Binding, Route
+from brokertask.topology import Argument, Binding, Queue, Route
 from brokertask.transport.base import Delivery, Transport
 from tests.contract.conftest import (
     NAMES,
@@ -23,6 +23,7 @@ from tests.contract.conftest import (
     ready,
     send,
     small,
+    subscribe,
     until_ready,
 )
 
@@ -225,3 +226,36 @@ async def test_a_message_goes_to_every_bound_queue(transport: Transport) -> None
     await send(transport, b"1")
     assert await ready(transport, "own") == 1
     await until_ready(transport, 1)
+
+
+@pytest.mark.parametrize("kind", ["classic", "quorum"])
+async def test_what_is_held_beyond_its_time_expires_when_it_is_given_back(
+    transport: Transport, kind: str
+) -> None:
+    wanted = small(rungs=(1250,))
+    arguments: dict[str, Argument] = {
+        "x-queue-type": kind,
+        "x-message-ttl": 1000,
+        "x-dead-letter-exchange": NAMES.resume,
+    }
+    queues = (*wanted.queues, Queue("held", arguments))
+    bindings = (*wanted.bindings, Binding(NAMES.delay, "held", "held"))
+    await transport.declare(replace(wanted, queues=queues, bindings=bindings))
+    work = await consume(transport)
+    consumer, hold = await subscribe(transport, "held")
+    await transport.publish(Route(NAMES.delay, "a", ("held",)), RUN, timeout=SECONDS)
+    held = await hold.next()
+    later = replace(RUN, message_id="later")
+    await transport.publish(NAMES.delay_route("a", 1250)[0], later, timeout=SECONDS)
+    assert (await work.next()).message.message_id == "later"
+    assert held.live
+    await consumer.close()
+    back = await work.next()
+    assert (back.message.message_id, back.message.body) == (RUN.message_id, RUN.body)
+    assert (back.lost, back.redelivered) == (0, False)
+    (death,) = broker_headers(back)["x-death"]
+    assert (death["queue"], death["reason"], death["count"]) == ("held", "expired", 1)
+    assert (death["exchange"], death["routing-keys"]) == (NAMES.delay, ["a", "held"])
+    assert await ready(transport, "held") == 0
+    assert await ready(transport) == 0
+    assert len(work) == 0

@@ -32,7 +32,7 @@ from brokertask.topology import (
     Topology,
     topology,
 )
-from brokertask.transport.base import Delivery, Transport
+from brokertask.transport.base import Delivery, Depth, Transport
 from brokertask.transport.memory import MemoryBroker, MemoryTransport
 
 pytestmark = pytest.mark.anyio
@@ -294,6 +294,81 @@ async def test_nothing_is_shared_with_the_reader(world: World) -> None:
         tags.append("mine")
 
 
+def leased(*names: str) -> Topology:
+    return Topology((), tuple(Queue(name, {"x-expires": HOUR_MS}) for name in names), ())
+
+
+async def test_a_queue_expires_an_hour_after_it_was_last_used(world: World) -> None:
+    await world.transport.declare(leased("unread", "renewed", "read", "left"))
+    await world.transport.consume("read", world.received.append, prefetch=1)
+    consumer = await world.transport.consume("left", world.received.append, prefetch=1)
+    await world.pass_time(HOUR_MS - 1)
+    await world.transport.declare(leased("renewed"))
+    await consumer.stop()
+    await world.pass_time(1)
+    assert {"renewed", "read", "left"} < set(world.broker.queues)
+    assert "unread" not in world.broker.queues
+    await world.pass_time(HOUR_MS)
+    assert [name for name in world.broker.queues if not name.startswith("bt.")] == ["read"]
+
+
+async def test_the_time_of_an_unread_queue_begins_anew_with_the_broker(world: World) -> None:
+    await world.transport.declare(leased("unread"))
+    await world.pass_time(HOUR_MS - 1)
+    world.broker.stop()
+    await world.pass_time(HOUR_MS)
+    world.broker.start()
+    await world.pass_time(HOUR_MS - 1)
+    assert "unread" in world.broker.queues
+    await world.pass_time(1)
+    assert "unread" not in world.broker.queues
+
+
+async def test_a_drop_is_no_end_of_reading(world: World) -> None:
+    await world.transport.declare(leased("read"))
+    await world.transport.consume("read", world.received.append, prefetch=1)
+    world.broker.drop_connections()
+    await world.pass_time(HOUR_MS)
+    assert "read" in world.broker.queues
+
+
+async def test_a_consumer_waits_for_a_queue_that_it_did_not_declare(world: World) -> None:
+    owner = MemoryTransport(world.broker)
+    await owner.open(timeout=SOON)
+    own = Topology((), (Queue("own"),), ())
+    await owner.declare(own)
+    await world.transport.consume("own", world.received.append, prefetch=1)
+    await owner.delete("own")
+    await world.settle_down()
+    assert "own" not in world.broker.queues
+    await owner.declare(own)
+    assert await owner.depth("own") == Depth(ready=0, consumers=1)
+    await owner.close()
+
+
+async def test_a_listener_remakes_its_queue(world: World) -> None:
+    heard: list[Message] = []
+    queue, binding = Queue("own"), Binding(NAMES.events, "own", "#")
+    await world.transport.listen(queue, (binding,), heard.append)
+    world.broker.delete("own")
+    await world.settle_down()
+    await world.send(b"1", route=Route(NAMES.events, "x"))
+    await world.settle_down()
+    assert [message.body for message in heard] == [b"1"]
+
+
+async def test_a_mismatch_is_logged_and_the_rest_restored(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    await world.transport.consume(WORK, world.received.append, prefetch=1)
+    world.broker.delete(DEAD)
+    world.broker.declare(Topology((), (Queue(DEAD, {"x-max-length": 1}),), ()))
+    world.broker.delete(WORK)
+    await world.settle_down()
+    assert WORK in world.broker.queues
+    assert f"queue {DEAD!r}" in caplog.text
+
+
 async def test_the_names_of_queues_are_readable(world: World) -> None:
     assert {WORK, DEAD, NAMES.unrouted, NAMES.rung(1000)} <= set(world.broker.queues)
     with pytest.raises(ConfigurationError, match="nobody"):
@@ -471,6 +546,28 @@ async def test_another_thread_consumes_in_its_own_loop(world: World, abroad: Abr
 
     await abroad(work)
     assert world.waiting(WORK) == [b"2"]
+
+
+async def test_another_thread_limits_and_deletes(world: World, abroad: Abroad) -> None:
+    await world.send(b"1", b"2", b"3")
+
+    async def work() -> None:
+        received: asyncio.Queue[Delivery] = asyncio.Queue()
+        transport = MemoryTransport(world.broker)
+        await transport.open(timeout=5)
+        consumer = await transport.consume(WORK, received.put_nowait, prefetch=1)
+        await consumer.limit(1)
+        async with asyncio.timeout(5):
+            held = [await received.get(), await received.get()]
+        await consumer.limit(0)
+        assert [delivery.live for delivery in held] == [True, True]
+        assert await transport.depth(WORK) == Depth(ready=1, consumers=0)
+        await transport.delete(DEAD)
+        await transport.close()
+
+    await abroad(work)
+    assert DEAD not in world.broker.queues
+    assert world.waiting(WORK) == [b"1", b"2", b"3"]
 
 
 async def test_another_thread_listens_in_its_own_loop(world: World, abroad: Abroad) -> None:

@@ -20,8 +20,17 @@ from brokertask.errors import (
     ConfigurationError,
     PayloadTooLarge,
     PublishUnknown,
+    TopologyMismatch,
 )
-from brokertask.topology import Binding, Names, Queue, TaskQueue, Topology, topology
+from brokertask.topology import (
+    Binding,
+    Names,
+    Queue,
+    QueueOptions,
+    TaskQueue,
+    Topology,
+    topology,
+)
 from brokertask.transport.base import Delivery, Depth
 from brokertask.transport.memory import MemoryBroker
 from brokertask.transport.socket import SocketTransport, serve
@@ -130,6 +139,31 @@ async def test_a_client_survives_a_restart_of_the_server(path: Path) -> None:
         assert again.live
         await first.ack()
         await again.ack()
+        await client.close()
+
+
+async def test_a_restarted_server_is_told_what_still_holds(path: Path) -> None:
+    broker = MemoryBroker()
+    client = SocketTransport(path)
+    other = Names("other")
+    async with await serve(MemoryBroker(), path):
+        await client.open(timeout=SECONDS)
+        await client.declare(WHOLE)
+        await client.declare(topology(other, [TaskQueue("b")]))
+        with pytest.raises(TopologyMismatch):
+            await client.declare(topology(NAMES, [TaskQueue("a", QueueOptions(delivery_limit=7))]))
+        paused = await client.consume(WORK, lambda _: None, prefetch=1)
+        await paused.limit(0)
+        await client.delete(NAMES.dead_queue("a"))
+    await paused.limit(3)
+    await paused.limit(0)
+    async with await serve(broker, path):
+        await client.publish(TRIGGER, RUN, timeout=SECONDS)
+        assert await client.depth(WORK) == Depth(ready=1, consumers=0)
+        assert await client.depth(other.queue("b")) == Depth(ready=0, consumers=0)
+        assert await client.depth(NAMES.dead_queue("a")) is None
+        await paused.limit(1)
+        assert await client.depth(WORK) == Depth(ready=0, consumers=1)
         await client.close()
 
 

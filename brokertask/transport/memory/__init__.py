@@ -6,8 +6,8 @@
     transport   `MemoryTransport`, the port; from the loops of other threads too
 
 Retries, delays and dead letters follow from the same topology, so they behave alike. What differs:
-nothing is on a disk, every queue counts lost deliveries as a quorum queue does, no queue expires,
-and a dead letter without a target waits without holding up those behind it.
+nothing is on a disk, every queue counts lost deliveries as a quorum queue does, and a dead letter
+without a target waits without holding up those behind it.
 """
 
 from brokertask.transport.memory.broker import MemoryBroker

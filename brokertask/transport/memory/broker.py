@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Protocol
 
 from brokertask.clock import Clock, SystemClock
 from brokertask.envelope import Message
@@ -12,6 +13,22 @@ from brokertask.errors import ConfigurationError, QueueFull, TopologyMismatch, U
 from brokertask.topology import Argument, Exchange, Queue, Topology
 from brokertask.transport.base import Depth, Difference
 from brokertask.transport.memory.queues import Parcel, StoredExchange, StoredQueue
+
+
+class Session(Protocol):
+    """A connection, as the broker sees it."""
+
+    def lose(self) -> None:
+        """End every delivery: the connection was cut."""
+        ...
+
+    def lose_queue(self, queue: StoredQueue) -> None:
+        """End what was delivered from a queue that is deleted now."""
+        ...
+
+    def find_queue(self, queue: StoredQueue) -> None:
+        """Read a new queue, where an earlier one of its name was read."""
+        ...
 
 
 class MemoryBroker:
@@ -28,7 +45,7 @@ class MemoryBroker:
         self.flowing.set()
         self._home: asyncio.AbstractEventLoop | None = None
         self._moving = threading.Lock()
-        self._connections: list[Callable[[], None]] = []
+        self._sessions: list[Session] = []
         self._exchanges: dict[str, StoredExchange] = {}
         self._queues: dict[str, StoredQueue] = {}
 
@@ -55,8 +72,8 @@ class MemoryBroker:
 
         Consumers and listeners resume by themselves, as after a reconnect.
         """
-        for lose in list(self._connections):
-            lose()
+        for session in list(self._sessions):
+            session.lose()
         self._pump()
 
     def block(self) -> None:
@@ -70,11 +87,16 @@ class MemoryBroker:
     def stop(self) -> None:
         """Go down: deliveries are lost and every call fails; what the queues hold is kept."""
         self.running.clear()
-        for lose in list(self._connections):
-            lose()
+        for session in list(self._sessions):
+            session.lose()
 
     def start(self) -> None:
-        """Come up again: consumers resume, and what expired meanwhile moves on."""
+        """Come up again: consumers resume, and what expired meanwhile moves on.
+
+        The time until an unread queue expires begins anew, as at a restart of RabbitMQ.
+        """
+        for queue in self._queues.values():
+            queue.renew()
         self.running.set()
         self._pump()
 
@@ -96,22 +118,23 @@ class MemoryBroker:
         """End what still points to a loop that is gone, and set every timer in this one."""
         for queue in self._queues.values():
             queue.readers.clear()
+            queue.renew()
             queue.cancel_timer()
-        for lose in self._connections:
-            lose()
-        self._connections.clear()
+        for session in self._sessions:
+            session.lose()
+        self._sessions.clear()
         self.running, self.flowing = _same(self.running), _same(self.flowing)
         self._pump()
 
-    def attach(self, lose: Callable[[], None]) -> None:
-        """Count a connection among those that faults cut; `lose` ends its deliveries."""
-        self._connections.append(lose)
+    def attach(self, session: Session) -> None:
+        """Tell a connection of faults, and of queues that come and go."""
+        self._sessions.append(session)
 
-    def detach(self, lose: Callable[[], None]) -> None:
+    def detach(self, session: Session) -> None:
         """Forget a closed connection."""
-        if lose in self._connections:
-            self._connections.remove(lose)
-        if not self._connections:
+        if session in self._sessions:
+            self._sessions.remove(session)
+        if not self._sessions:
             self._home = None
 
     def queue(self, name: str) -> StoredQueue:
@@ -171,7 +194,7 @@ class MemoryBroker:
         for exchange in topology.exchanges:
             self._exchanges.setdefault(exchange.name, StoredExchange(exchange))
         for queue in topology.queues:
-            self._queues.setdefault(queue.name, StoredQueue(self, queue))
+            self._declare_queue(queue)
         for binding in topology.absent_bindings:
             if binding.exchange in self._exchanges:
                 self._exchanges[binding.exchange].unbind(binding.key, binding.queue)
@@ -182,6 +205,15 @@ class MemoryBroker:
         self.retry()
         if different := self.compare(topology):
             raise TopologyMismatch("; ".join(one.detail for one in different))
+
+    def _declare_queue(self, queue: Queue) -> None:
+        if (stored := self._queues.get(queue.name)) is not None:
+            stored.renew()
+        else:
+            stored = self._queues[queue.name] = StoredQueue(self, queue)
+            for session in list(self._sessions):
+                session.find_queue(stored)
+        stored.pump()
 
     def compare(self, topology: Topology) -> list[Difference]:
         """Return what is missing or has other arguments."""
@@ -200,11 +232,14 @@ class MemoryBroker:
         return [one for one in found if one is not None]
 
     def delete(self, name: str) -> None:
-        """Delete a queue with what it holds."""
-        if (queue := self._queues.pop(name, None)) is not None:
-            queue.cancel_timer()
+        """Delete a queue with what it holds; nothing happens if it does not exist."""
+        if (queue := self._queues.pop(name, None)) is None:
+            return
         for exchange in self._exchanges.values():
             exchange.forget(name)
+        queue.end()
+        for session in list(self._sessions):
+            session.lose_queue(queue)
 
     def _pump(self) -> None:
         for queue in list(self._queues.values()):

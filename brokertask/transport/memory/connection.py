@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, cast
@@ -10,13 +12,17 @@ from typing import Final, cast
 import msgpack
 
 from brokertask.envelope import Message
-from brokertask.errors import BrokerBlocked, BrokerUnavailable, InvalidPayload
+from brokertask.errors import BrokerBlocked, BrokertaskError, BrokerUnavailable, InvalidPayload
 from brokertask.topology import Binding, Queue, Route, Topology
 from brokertask.transport.base import Consumer, Delivery, Depth, Difference, Receive, own_headers
+from brokertask.transport.declared import Declared
 from brokertask.transport.memory.broker import MemoryBroker
 from brokertask.transport.memory.queues import Item, Parcel, StoredQueue
 
+log = logging.getLogger("brokertask.memory")
+
 LISTEN_PREFETCH: Final = 1_000
+UNLIMITED: Final = sys.maxsize
 MAX_SHORT_TEXT: Final = 255
 """AMQP's limit for routing keys and properties, in bytes of UTF-8."""
 
@@ -27,6 +33,7 @@ class Connection:
     def __init__(self, broker: MemoryBroker) -> None:
         self._broker = broker
         self._consumers: list[_Consumer] = []
+        self.declared = Declared()
         self._opened = False
 
     @property
@@ -43,7 +50,7 @@ class Connection:
             raise _down() from None
         if not self._opened:
             self._opened = True
-            self._broker.attach(self.lose)
+            self._broker.attach(self)
 
     async def close(self) -> None:
         """Give back what is unsettled, and disconnect. Safe to call twice."""
@@ -51,12 +58,29 @@ class Connection:
         consumers, self._consumers = self._consumers, []
         for consumer in consumers:
             await consumer.close()
-        self._broker.detach(self.lose)
+        self._broker.detach(self)
 
     def lose(self) -> None:
         """Lose every delivery, as when a connection is cut."""
         for consumer in self._consumers:
             consumer.lose()
+
+    def lose_queue(self, queue: StoredQueue) -> None:
+        """Lose what was delivered from a deleted queue."""
+        for consumer in self._consumers:
+            if consumer.queue is queue:
+                consumer.lose_queue()
+
+    def forget(self, consumer: _Consumer) -> None:
+        """Tell a closed consumer nothing any more."""
+        if consumer in self._consumers:
+            self._consumers.remove(consumer)
+
+    def find_queue(self, queue: StoredQueue) -> None:
+        """Have the consumers of a queue that was deleted read the new one."""
+        for consumer in self._consumers:
+            if consumer.queue.name == queue.name:
+                consumer.move(queue)
 
     async def publish(
         self, route: Route, message: Message, *, timeout: float, mandatory: bool = True
@@ -84,15 +108,32 @@ class Connection:
         if not self.connected:
             raise _down()
 
-    async def consume(self, queue: str, receive: Receive, *, prefetch: int) -> Consumer:
-        """Subscribe; see `Transport.consume`."""
-        consumer = _Consumer(self._connection().queue(queue), receive, prefetch)
+    async def consume(
+        self, queue: str, receive: Receive, *, prefetch: int, limited: bool = False
+    ) -> Consumer:
+        """Subscribe; see `Transport.consume`. Limits lose nothing here in either case."""
+        stored = self._connection().queue(queue)
+        consumer = _Consumer(self, stored, receive, prefetch or UNLIMITED)
         self._consumers.append(consumer)
         return consumer
 
     async def declare(self, topology: Topology) -> None:
         """Make what is missing; see `Transport.declare`."""
         self._connection().declare(topology)
+        self.declared.remember(topology)
+
+    async def delete(self, queue: str) -> None:
+        """Delete a queue with what it holds; see `Transport.delete`."""
+        broker = self._connection()
+        self.declared.forget(queue)
+        broker.delete(queue)
+
+    def restore(self, topology: Topology) -> None:
+        """Make again what somebody deleted under a consumer."""
+        try:
+            self._broker.declare(topology)
+        except BrokertaskError as error:
+            log.error("a deleted queue cannot be restored: %s", error)
 
     async def compare(self, topology: Topology) -> list[Difference]:
         """Return what is missing or different; changes nothing."""
@@ -106,9 +147,8 @@ class Connection:
         self, queue: Queue, bindings: tuple[Binding, ...], receive: Callable[[Message], None]
     ) -> Consumer:
         """Deliver what `bindings` route; see `Transport.listen`."""
-        broker = self._connection()
-        broker.declare(Topology((), (queue,), bindings))
-        listener = _Listener(broker, broker.queue(queue.name), receive)
+        own = Topology((), (queue,), bindings)
+        listener = _Listener(self, self._connection(), own, receive)
         self._consumers.append(listener)
         return listener
 
@@ -144,20 +184,27 @@ class _Delivery:
 
 
 class _Consumer:
-    """A subscription: `held` are its unsettled deliveries, oldest first."""
+    """A subscription: `held` are its unsettled deliveries, oldest first.
 
-    def __init__(self, queue: StoredQueue, receive: Receive, prefetch: int) -> None:
+    Those from before the present limit are `earlier`: they take no room in it.
+    """
+
+    def __init__(
+        self, connection: Connection, queue: StoredQueue, receive: Receive, limit: int
+    ) -> None:
         self.queue = queue
+        self._connection = connection
         self._receive = receive
-        self._prefetch = prefetch
+        self._limit = self._whole = limit
+        self._earlier: dict[_Delivery, None] = {}
         self._held: dict[_Delivery, None] = {}
+        self._stopped = False
         self._loop = asyncio.get_running_loop()
-        queue.readers.append(self)
-        queue.pump()
+        self._read()
 
     @property
     def free(self) -> bool:
-        return len(self._held) < self._prefetch
+        return len(self._held) < self._limit
 
     def deliver(self, item: Item) -> None:
         delivery = _Delivery(self, item)
@@ -170,45 +217,102 @@ class _Consumer:
 
     def settle(self, delivery: _Delivery) -> None:
         if delivery.live:
-            delivery.live = False
-            del self._held[delivery]
+            self._release(delivery)
             self.queue.pump()
 
     def give_back(self, deliveries: list[_Delivery]) -> None:
         for delivery in deliveries:
-            delivery.live = False
-            del self._held[delivery]
+            self._release(delivery)
         self.queue.give_back([delivery.item for delivery in deliveries])
 
+    def _release(self, delivery: _Delivery) -> None:
+        delivery.live = False
+        self._earlier.pop(delivery, None)
+        self._held.pop(delivery, None)
+
     def lose(self) -> None:
-        self.give_back(list(self._held))
+        # Before what it held comes again, as to a consumer that resumes.
+        paused, self._limit = self._limit <= 0, self._whole
+        self.give_back([*self._earlier, *self._held])
+        if paused and not self._loop.is_closed():
+            self._read()
+
+    def lose_queue(self) -> None:
+        for delivery in [*self._earlier, *self._held]:
+            self._release(delivery)
+        self._loop.call_soon(self._read)
+
+    def move(self, queue: StoredQueue) -> None:
+        self.queue = queue
+        self._read()
+
+    @property
+    def _reading(self) -> bool:
+        # As for RabbitMQ, one that is paused is no reader.
+        return self._limit > 0 and not self._stopped
+
+    def _read(self) -> None:
+        if not self._reading:
+            self.queue.leave(self)
+        elif self.queue.deleted:
+            self._connection.restore(self._topology())
+        else:
+            self.queue.join(self)
+
+    def _topology(self) -> Topology:
+        """Return what makes its queue anew."""
+        return self._connection.declared.topology
+
+    async def limit(self, prefetch: int) -> None:
+        self._earlier |= self._held
+        self._held.clear()
+        self._limit = prefetch
+        self._read()
+        await self._arrival()
 
     async def stop(self) -> None:
-        if self in self.queue.readers:
-            self.queue.readers.remove(self)
-        # What is on its way arrives before this returns, as before a broker's cancel-ok.
+        self._stopped = True
+        self._read()
+        await self._arrival()
+
+    async def _arrival(self) -> None:
+        """Return when what is on its way has arrived, as before a broker's cancel-ok."""
         await asyncio.sleep(0)
 
     async def close(self) -> None:
         await self.stop()
         self.lose()
         self.queue.pump()
+        self._connection.forget(self)
 
 
 class _Listener(_Consumer):
     """A consumer of a queue of its own, which settles on receipt."""
 
     def __init__(
-        self, broker: MemoryBroker, queue: StoredQueue, receive: Callable[[Message], None]
+        self,
+        connection: Connection,
+        broker: MemoryBroker,
+        own: Topology,
+        receive: Callable[[Message], None],
     ) -> None:
         self._broker = broker
+        self._own = own
         self._receive_message = receive
-        super().__init__(queue, self._take, LISTEN_PREFETCH)
+        broker.declare(own)
+        (queue,) = own.queues
+        super().__init__(connection, broker.queue(queue.name), self._take, LISTEN_PREFETCH)
 
     def _take(self, delivery: Delivery) -> None:
         assert isinstance(delivery, _Delivery)
         self.settle(delivery)
         self._receive_message(delivery.message)
+
+    def _topology(self) -> Topology:
+        return self._own
+
+    async def limit(self, prefetch: int) -> None:
+        """Do nothing: what is settled on receipt needs no limit."""
 
     async def close(self) -> None:
         await super().close()

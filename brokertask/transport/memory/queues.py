@@ -67,6 +67,10 @@ class Host(Protocol):
         """Messages may move."""
         ...
 
+    def delete(self, name: str) -> None:
+        """Delete a queue that has expired."""
+        ...
+
     def forward(self, parcel: Parcel) -> bool:
         """Store a dead letter in every queue it is routed to; False: some or none takes it."""
         ...
@@ -84,14 +88,18 @@ class StoredQueue:
         self.arguments = dict(queue.arguments)
         self.ready: deque[Item] = deque()
         self.readers: deque[Reader] = deque()
+        self.deleted = False
         self._host = host
         self._ttl = self._limit("x-message-ttl")
         self._max_length = self._limit("x-max-length")
         self._delivery_limit = self._limit("x-delivery-limit")
+        self._lease = self._limit("x-expires")
+        self._unused_since_ms = 0
         self._stuck: list[tuple[Item, str]] = []
         self._places = 0
         self._timer: Timer | None = None
         self._timer_ms: int | None = None
+        self.renew()
 
     def _limit(self, name: str) -> int | None:
         value = self.arguments.get(name)
@@ -116,6 +124,32 @@ class StoredQueue:
         while self._over(0):
             self._bury(self.ready.popleft(), "maxlen")
 
+    def renew(self) -> None:
+        """Begin the time anew after which a queue without readers expires."""
+        if self._lease is not None:
+            self._unused_since_ms = self._host.clock.now_ms()
+
+    def join(self, reader: Reader) -> None:
+        """Let `reader` take items, in turn with the others."""
+        if reader not in self.readers:
+            self.readers.append(reader)
+        self.pump()
+
+    def leave(self, reader: Reader) -> None:
+        """Give it nothing more; nothing happens if it was not reading."""
+        if reader in self.readers:
+            self.readers.remove(reader)
+            self.renew()
+            self.pump()
+
+    def end(self) -> None:
+        """Be deleted, with everything in it."""
+        self.deleted = True
+        self.ready.clear()
+        self.readers.clear()
+        self._stuck.clear()
+        self.cancel_timer()
+
     def give_back(self, items: list[Item]) -> None:
         """Count a lost delivery for each and put them where they were; `pump` has to follow."""
         index = 0
@@ -130,7 +164,11 @@ class StoredQueue:
 
     def pump(self) -> None:
         """Expire what is due, deliver while somebody has room, and see to the next expiry."""
-        if not self._host.up:
+        if self.deleted or not self._host.up:
+            return
+        expires_ms = self._expires_ms()
+        if expires_ms is not None and expires_ms <= self._host.clock.now_ms():
+            self._host.delete(self.name)
             return
         before = len(self.ready)
         while self.ready:
@@ -141,7 +179,8 @@ class StoredQueue:
                 reader.deliver(self.ready.popleft())
             else:
                 break
-        self._set_timer(self.ready[0].expires_ms if self.ready else None)
+        due_ms = self.ready[0].expires_ms if self.ready else None
+        self._set_timer(_earlier(due_ms, expires_ms))
         if self._max_length is not None and len(self.ready) < before:
             self._host.retry()
 
@@ -156,6 +195,10 @@ class StoredQueue:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._timer_ms = None
+
+    def _expires_ms(self) -> int | None:
+        unused = self._lease is not None and not self.readers
+        return self._unused_since_ms + (self._lease or 0) if unused else None
 
     def _free_reader(self) -> Reader | None:
         for _ in range(len(self.readers)):
@@ -208,6 +251,10 @@ class StoredQueue:
         for part in ("reason", "queue", "exchange"):
             headers.setdefault(f"x-first-death-{part}", death[part])
         return cast("bytes", msgpack.packb(headers))
+
+
+def _earlier(one: int | None, other: int | None) -> int | None:
+    return other if one is None else one if other is None else min(one, other)
 
 
 class StoredExchange:

@@ -52,16 +52,18 @@ class MemoryTransport:
             self._connection.publish(route, message, timeout=timeout, mandatory=mandatory)
         )
 
-    async def consume(self, queue: str, receive: Receive, *, prefetch: int) -> Consumer:
+    async def consume(
+        self, queue: str, receive: Receive, *, prefetch: int, limited: bool = False
+    ) -> Consumer:
         """Subscribe."""
-        bridge = self._bridge
+        consume, bridge = self._connection.consume, self._bridge
         if bridge is None:
-            return await self._connection.consume(queue, receive, prefetch=prefetch)
+            return await consume(queue, receive, prefetch=prefetch, limited=limited)
 
         def bring(delivery: Delivery) -> None:
             bridge.bring(receive, _BroughtDelivery(delivery, bridge))
 
-        there = self._connection.consume(queue, bring, prefetch=prefetch)
+        there = consume(queue, bring, prefetch=prefetch, limited=limited)
         return _DistantConsumer(await bridge.cross(there), bridge)
 
     async def listen(
@@ -89,6 +91,10 @@ class MemoryTransport:
     async def depth(self, queue: str) -> Depth | None:
         """Return what `queue` holds, or None if it does not exist."""
         return await self._at_home(self._connection.depth(queue))
+
+    async def delete(self, queue: str) -> None:
+        """Delete a queue with what it holds."""
+        await self._at_home(self._connection.delete(queue))
 
     async def _at_home(self, work: Coroutine[Any, Any, T]) -> T:
         return await (work if self._bridge is None else self._bridge.cross(work))
@@ -140,6 +146,9 @@ class _DistantConsumer:
     def __init__(self, consumer: Consumer, bridge: _Bridge) -> None:
         self._consumer = consumer
         self._bridge = bridge
+
+    async def limit(self, prefetch: int) -> None:
+        await self._bridge.cross(self._consumer.limit(prefetch))
 
     async def stop(self) -> None:
         await self._bridge.cross(self._consumer.stop())

@@ -3,7 +3,8 @@
     link       a connection that is made again whenever it is lost
     codec      `Message` to and from AMQP properties and headers
     publisher  one confirmed publish, and what each way of failing means
-    consumer   a subscription that resumes, and the deliveries it hands out
+    session    one channel's life as a consumer, and the deliveries on it
+    consumer   a subscription that resumes with a new session
     declarer   the topology: making it, and comparing it
     transport  `RabbitTransport`, the adapter made of these
 

@@ -13,18 +13,15 @@ from brokertask.envelope import Message
 from brokertask.errors import BrokertaskError
 from brokertask.topology import Binding, Queue, Route, Topology
 from brokertask.transport.base import Consumer, Depth, Difference, Receive
-from brokertask.transport.rabbitmq.consumer import (
-    RPC_TIMEOUT,
-    RabbitConsumer,
-    to_deliveries,
-    to_messages,
-)
+from brokertask.transport.declared import Declared
+from brokertask.transport.rabbitmq.consumer import RabbitConsumer
 from brokertask.transport.rabbitmq.declarer import Declarer, declare_one
 from brokertask.transport.rabbitmq.link import Link
 from brokertask.transport.rabbitmq.publisher import Publisher
+from brokertask.transport.rabbitmq.session import RPC_TIMEOUT, to_deliveries, to_messages
 
 CONNECT_TIMEOUT: Final = 30.0
-DELETE_TIMEOUT: Final = 3.0
+FAREWELL_TIMEOUT: Final = 3.0
 
 
 class RabbitTransport:
@@ -51,7 +48,7 @@ class RabbitTransport:
         self._publisher = Publisher(self._publishing)
         self._declarer = Declarer(self._publishing)
         self._consumers: list[RabbitConsumer] = []
-        self._declared: Topology | None = None
+        self._declared = Declared()
         self._restoring = asyncio.Lock()
 
     @property
@@ -85,13 +82,16 @@ class RabbitTransport:
         """Publish persistently and return when the broker confirms it."""
         await self._publisher.publish(route, message, timeout=timeout, mandatory=mandatory)
 
-    async def consume(self, queue: str, receive: Receive, *, prefetch: int) -> Consumer:
+    async def consume(
+        self, queue: str, receive: Receive, *, prefetch: int, limited: bool = False
+    ) -> Consumer:
         """Deliver messages of `queue` to `receive`."""
         consumer = RabbitConsumer(
             self._consuming,
             queue,
             to_deliveries(queue, receive),
             prefetch=prefetch,
+            limited=limited,
             restore=self._restore,
         )
         await consumer.start(timeout=CONNECT_TIMEOUT)
@@ -126,7 +126,7 @@ class RabbitTransport:
     async def declare(self, topology: Topology) -> None:
         """Make everything of `topology` that is missing; remembered for when a queue is deleted."""
         await self._declarer.declare(topology, timeout=CONNECT_TIMEOUT)
-        self._declared = topology
+        self._declared.remember(topology)
 
     async def compare(self, topology: Topology) -> list[Difference]:
         """Return what on the broker is missing or different."""
@@ -142,18 +142,18 @@ class RabbitTransport:
         return await self._declarer.ask(ask, timeout=CONNECT_TIMEOUT)
 
     async def delete(self, queue: str) -> None:
-        """Delete a queue; only for those a process made for itself."""
+        """Delete a queue with all that it holds; no consumer of this transport restores it."""
 
         async def ask(channel: AbstractChannel) -> None:
-            await channel.queue_delete(queue, timeout=DELETE_TIMEOUT)
+            await channel.queue_delete(queue, timeout=RPC_TIMEOUT)
 
-        await self._declarer.ask(ask, timeout=DELETE_TIMEOUT)
+        self._declared.forget(queue)
+        await self._declarer.ask(ask, timeout=CONNECT_TIMEOUT)
 
     async def _restore(self) -> None:
         """Make again what somebody deleted under us, if it was ours to make."""
         async with self._restoring:
-            if self._declared is not None:
-                await self._declarer.declare(self._declared, timeout=CONNECT_TIMEOUT)
+            await self._declarer.declare(self._declared.topology, timeout=CONNECT_TIMEOUT)
 
 
 class _Listener:
@@ -164,6 +164,9 @@ class _Listener:
         self._consumer = consumer
         self._queue = queue
 
+    async def limit(self, prefetch: int) -> None:
+        """Do nothing: what is settled on receipt needs no limit."""
+
     async def stop(self) -> None:
         await self._consumer.stop()
 
@@ -172,5 +175,6 @@ class _Listener:
         if self._consumer in self._transport._consumers:
             self._transport._consumers.remove(self._consumer)
         # Without a broker to ask, the queue goes by its x-expires.
-        with suppress(BrokertaskError):
-            await self._transport.delete(self._queue)
+        with suppress(BrokertaskError, TimeoutError):
+            async with asyncio.timeout(FAREWELL_TIMEOUT):
+                await self._transport.delete(self._queue)

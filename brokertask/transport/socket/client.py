@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -15,6 +15,7 @@ from brokertask.envelope import Message
 from brokertask.errors import BrokertaskError, BrokerUnavailable, PublishUnknown
 from brokertask.topology import Binding, Queue, Route, Topology
 from brokertask.transport.base import Consumer, Depth, Difference, Receive
+from brokertask.transport.declared import Declared
 from brokertask.transport.socket.frames import pack_message, pack_topology, unpack_message
 from brokertask.transport.socket.link import CALL_TIMEOUT, Link
 
@@ -36,7 +37,7 @@ class SocketTransport:
         self._keeper: asyncio.Task[None] | None = None
         self._consumers: dict[int, _Consumer] = {}
         self._numbers = count(1)
-        self._declared: list[Topology] = []
+        self._declared = Declared()
 
     @property
     def connected(self) -> bool:
@@ -72,13 +73,15 @@ class SocketTransport:
                 f"{self._path} gave no answer ({error}); the message may be stored"
             ) from error
 
-    async def consume(self, queue: str, receive: Receive, *, prefetch: int) -> Consumer:
+    async def consume(
+        self, queue: str, receive: Receive, *, prefetch: int, limited: bool = False
+    ) -> Consumer:
         """Subscribe; see `Transport.consume`."""
 
         def pushed(consumer: _Consumer, link: Link, what: list[Any]) -> None:
             receive(_Delivery(consumer, link, *what))
 
-        return await self._subscribe(pushed, "consume", queue, prefetch)
+        return await self._subscribe(_Consumer, pushed, queue, prefetch, limited)
 
     async def listen(
         self, queue: Queue, bindings: tuple[Binding, ...], receive: Callable[[Message], None]
@@ -89,17 +92,16 @@ class SocketTransport:
             receive(unpack_message(what[0]))
 
         bound = [asdict(binding) for binding in bindings]
-        return await self._subscribe(pushed, "listen", asdict(queue), bound)
+        return await self._subscribe(_Listener, pushed, asdict(queue), bound)
 
     async def declare(self, topology: Topology) -> None:
         """Make what is missing; a restarted server is told again."""
-        if topology not in self._declared:
-            self._declared.append(topology)
-        await self.call("declare", pack_topology(topology))
+        await self._call("declare", pack_topology(topology))
+        self._declared.remember(topology)
 
     async def compare(self, topology: Topology) -> list[Difference]:
         """Return what is missing or different; changes nothing."""
-        found = await self.call("compare", pack_topology(topology))
+        found = await self._call("compare", pack_topology(topology))
         items = {(False, item.name): item for item in topology.exchanges} | {
             (True, item.name): item for item in topology.queues
         }
@@ -110,32 +112,40 @@ class SocketTransport:
 
     async def depth(self, queue: str) -> Depth | None:
         """Return what `queue` holds, or None if it does not exist."""
-        answer = await self.call("depth", queue)
+        answer = await self._call("depth", queue)
         return answer and Depth(ready=answer[0], consumers=answer[1])
 
-    async def call(self, name: str, *arguments: object) -> Any:
+    async def delete(self, queue: str) -> None:
+        """Delete a queue with what it holds; a restarted server is not told to make it."""
+        self._declared.forget(queue)
+        await self._call("delete", queue)
+
+    async def _call(self, name: str, *arguments: object) -> Any:
         """Return the server's answer, or raise its error, or BrokerUnavailable."""
         link = await self._connection(CALL_TIMEOUT)
-        try:
+        with self._translated():
             return await link.call(name, *arguments)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, TimeoutError) as error:
             raise BrokerUnavailable(f"{self._path}: {error or 'no answer'}") from error
-
-    async def drop(self, number: int, name: str) -> None:
-        """Tell the server to stop or close a consumer, if there is a server that has it."""
-        if self._link is not None:
-            with suppress(OSError, BrokertaskError):
-                await self._link.call(name, number)
 
     def forget(self, number: int) -> None:
         """Hand no more deliveries to a closed consumer."""
         self._consumers.pop(number, None)
 
-    async def _subscribe(self, pushed: _Pushed, name: str, *arguments: object) -> _Consumer:
-        consumer = _Consumer(self, next(self._numbers), pushed, name, arguments)
+    async def _subscribe(
+        self, kind: type[_Consumer], pushed: _Pushed, *arguments: object
+    ) -> _Consumer:
+        consumer = kind(self, next(self._numbers), pushed, arguments)
         self._consumers[consumer.number] = consumer
         try:
-            await self.call(name, consumer.number, *arguments)
+            link = await self._connection(CALL_TIMEOUT)
+            with self._translated():
+                await consumer.begin(link)
         except BaseException:
             self.forget(consumer.number)
             raise
@@ -187,11 +197,10 @@ class SocketTransport:
             await asyncio.gather(running, return_exceptions=True)
 
     async def _resume(self, link: Link) -> None:
-        for topology in self._declared:
-            await link.call("declare", pack_topology(topology))
+        await link.call("declare", pack_topology(self._declared.topology))
         for consumer in list(self._consumers.values()):
             if consumer.started:
-                await link.call(consumer.name, consumer.number, *consumer.arguments)
+                await consumer.begin(link)
 
     def _pushed(self, link: Link, what: list[Any]) -> None:
         number, *rest = what
@@ -200,30 +209,62 @@ class SocketTransport:
 
 
 class _Consumer:
+    """What the server is told of a consumer, over one connection after the other."""
+
+    name = "consume"
+
     def __init__(
         self,
         transport: SocketTransport,
         number: int,
         pushed: _Pushed,
-        name: str,
         arguments: tuple[object, ...],
     ) -> None:
         self.number = number
         self.pushed = pushed
-        self.name = name
-        self.arguments = arguments
         self.started = False
         self.closed = False
+        self._arguments = arguments
         self._transport = transport
+        self._link: Link | None = None
+        self._later: int | None = None
+        """The latest limit that was asked for while there was no connection."""
+
+    async def begin(self, link: Link) -> None:
+        """Subscribe over this connection, which is the one to tell from now on."""
+        self._link = link
+        await link.call(self.name, self.number, *self._arguments)
+        if self._later is not None:
+            await link.call("limit", self.number, self._later)
+            self._later = None
+
+    async def limit(self, prefetch: int) -> None:
+        if self.started and self._link is not None and self._link.alive:
+            await self._tell("limit", prefetch)
+        elif self.started:
+            self._later = prefetch
 
     async def stop(self) -> None:
         self.started = False
-        await self._transport.drop(self.number, "stop")
+        await self._tell("stop")
 
     async def close(self) -> None:
         self.started, self.closed = False, True
-        await self._transport.drop(self.number, "close")
+        await self._tell("close")
         self._transport.forget(self.number)
+
+    async def _tell(self, name: str, *arguments: object) -> None:
+        # A server that is gone has no consumer; the next one is told by `begin`.
+        if self._link is not None:
+            with suppress(OSError, BrokertaskError):
+                await self._link.call(name, self.number, *arguments)
+
+
+class _Listener(_Consumer):
+    name = "listen"
+
+    async def limit(self, prefetch: int) -> None:
+        """Do nothing: what is settled on receipt needs no limit."""
 
 
 _Pushed = Callable[[_Consumer, Link, list[Any]], None]

@@ -140,6 +140,7 @@ class _Session:
             "publish": self._publish,
             "consume": self._consume,
             "listen": self._listen,
+            "limit": self._limit,
             "stop": self._stop,
             "close": self._close,
             "ack": self._ack,
@@ -147,6 +148,7 @@ class _Session:
             "declare": self._declare,
             "compare": self._compare,
             "depth": self._depth,
+            "delete": self._delete,
         }
 
     async def run(self) -> None:
@@ -211,9 +213,9 @@ class _Session:
             mandatory=mandatory,
         )
 
-    async def _consume(self, consumer: int, queue: str, prefetch: int) -> None:
+    async def _consume(self, consumer: int, queue: str, prefetch: int, limited: bool) -> None:
         self._consumers[consumer] = await self._transport.consume(
-            queue, partial(self._push_delivery, consumer), prefetch=prefetch
+            queue, partial(self._push_delivery, consumer), prefetch=prefetch, limited=limited
         )
 
     async def _listen(self, consumer: int, queue: dict[str, Any], bindings: list[Any]) -> None:
@@ -222,6 +224,9 @@ class _Session:
             tuple(Binding(**binding) for binding in bindings),
             partial(self._push_message, consumer),
         )
+
+    async def _limit(self, consumer: int, prefetch: int) -> None:
+        await self._consumers[consumer].limit(prefetch)
 
     async def _stop(self, consumer: int) -> None:
         await self._consumers[consumer].stop()
@@ -250,3 +255,6 @@ class _Session:
     async def _depth(self, queue: str) -> list[int] | None:
         depth = await self._transport.depth(queue)
         return [depth.ready, depth.consumers] if depth else None
+
+    async def _delete(self, queue: str) -> None:
+        await self._transport.delete(queue)
