@@ -1,18 +1,17 @@
-"""The span of one attempt: how it begins, what it says when it is over, and what came before it."""
+"""One attempt under way: its steps, and what its span and the metrics say when it is over."""
 
 from __future__ import annotations
 
-import hashlib
-import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from time import perf_counter
 from typing import Final
 
-from opentelemetry.context import Context
-from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
+from opentelemetry.trace import Tracer
 
 from brokertask.envelope import Envelope
 from brokertask.outcome import (
-    AttemptError,
+    Early,
     Expired,
     Failed,
     Interrupted,
@@ -25,19 +24,13 @@ from brokertask.outcome import (
 from brokertask.telemetry import attributes as keys
 from brokertask.telemetry import propagation
 from brokertask.telemetry.attributes import Attributes
+from brokertask.telemetry.beginning import Beginning
+from brokertask.telemetry.failure import fingerprint, mark_failed, mark_raised
 from brokertask.telemetry.metrics import Metrics
-from brokertask.values import clip
+from brokertask.telemetry.steps import UNRECORDED, StepSpan, record_step
 
-MAX_MESSAGE: Final = 256
-"""Characters of an exception's message in a span: it is the user's text and may hold anything."""
-SHORTEST_WAIT_MS: Final = 1_000
-_VARIABLE: Final = re.compile(
-    r"""(?<!\w)(?:'[^']*'|"[^"]*"|`[^`]*`)(?!\w)          # what is quoted
-    |\b0x[0-9a-f]+\b                                       # addresses
-    |\b(?=[0-9a-f-]*[0-9])[0-9a-f][0-9a-f-]{7,}\b         # ids
-    |\d+(?:[.,:]\d+)*                                     # numbers, times, versions""",
-    re.VERBOSE | re.IGNORECASE,
-)
+MAX_REMEMBERED: Final = 100
+"""Events of steps that were remembered; an SDK keeps 128 events of a span, and drops the first."""
 
 
 class AttemptSpan:
@@ -46,29 +39,46 @@ class AttemptSpan:
     Attributes:
         traceparent: Of this attempt's span, for the link from the next one; None if nothing
             is recorded.
+        trace: The trace headers of the messages that continue the run: those it came with, unless
+            a new trace began with this attempt.
+        origin: The traceparent of the trigger that the run began with, where `trace` holds that of
+            another span; for the messages that continue the run.
     """
 
     __slots__ = (
-        "_attempt",
         "_ended",
         "_envelope",
         "_metrics",
         "_queue",
+        "_remembered",
         "_span",
         "_started",
+        "_tracer",
+        "origin",
+        "trace",
         "traceparent",
     )
 
     def __init__(
-        self, metrics: Metrics, span: Span, envelope: Envelope, attempt: int, queue: str
+        self,
+        metrics: Metrics,
+        tracer: Tracer | None,
+        *,
+        began: Beginning,
+        envelope: Envelope,
+        queue: str,
     ) -> None:
+        span = began.span
         self._metrics = metrics
+        self._tracer = tracer
         self._span = span
         self._envelope = envelope
-        self._attempt = attempt
         self._queue = queue
         self._started = perf_counter()
+        self._remembered = 0
         self._ended = False
+        self.trace: Mapping[str, str] = began.trace
+        self.origin: str | None = began.origin
         self.traceparent: str | None = (
             propagation.traceparent(span.get_span_context()) if span.is_recording() else None
         )
@@ -78,6 +88,23 @@ class AttemptSpan:
         """The trace in hex, for logs; None if there is none."""
         made = self._span.get_span_context()
         return f"{made.trace_id:032x}" if made.is_valid else None
+
+    def step(self, name: str) -> AbstractContextManager[StepSpan]:
+        """Record a step that is executed, from its first call to the end of its last retry.
+
+        Its span is current inside, and what is raised there marks it as failed, unless it is a
+        cancellation. Cost without an SDK: below 1 µs.
+        """
+        if self._tracer is None or not self._span.is_recording():
+            return UNRECORDED
+        values: Attributes = {keys.RUN_ID: self._envelope.run_id, keys.TASK: self._envelope.task}
+        return record_step(self._tracer, self._span, name, values)
+
+    def remembered(self, name: str) -> None:
+        """Record a step that was finished before and is not executed again."""
+        self._remembered += 1
+        if self._remembered <= MAX_REMEMBERED and self._span.is_recording():
+            self._span.add_event(keys.STEP_REMEMBERED, {"name": name})
 
     def end(self, outcome: Outcome, *, at_ms: int) -> None:
         """Record what the attempt came to, once; the span itself ends with its `with` block.
@@ -93,7 +120,7 @@ class AttemptSpan:
         word, status = _words(outcome)
         error = outcome.error if isinstance(outcome, Retrying | Failed) else None
         task = self._envelope.task
-        if not isinstance(outcome, Expired | Sleeping):
+        if not isinstance(outcome, Early | Expired):
             kind = error.type if error is not None else None
             self._metrics.attempted(task, self._queue, word, kind, seconds)
         if status is not None:
@@ -110,13 +137,15 @@ class AttemptSpan:
     def broken(self, problem: BaseException) -> None:
         """Mark the span when its block is left by an exception before an outcome was known."""
         if not self._ended:
-            mark_failed(self._span, type(problem).__name__, str(problem))
+            mark_raised(self._span, problem)
 
     def _describe(self, outcome: Outcome, word: str, status: str | None) -> None:
         span = self._span
         span.set_attribute(keys.OUTCOME, word)
         if status is not None:
             span.set_attribute(keys.RUN_STATUS, status)
+        if self._remembered:
+            span.set_attribute(keys.REMEMBERED_STEPS, self._remembered)
         match outcome:
             case Retrying(delay=delay, error=error):
                 mark_failed(span, error.type, error.message)
@@ -125,27 +154,22 @@ class AttemptSpan:
                 span.add_event(
                     keys.RETRY_SCHEDULED, {"delay_ms": milliseconds, "reason": error.type}
                 )
+            case Sleeping(delay=delay):
+                span.add_event(
+                    keys.RUN_SUSPENDED, {"kind": "sleep", "delay_ms": round(delay * 1000)}
+                )
             case Failed(reason=reason, error=error):
                 mark_failed(span, error.type, error.message)
                 span.add_event(
                     keys.DEAD_LETTERED,
                     {
                         "reason": reason,
-                        "attempts": self._attempt,
+                        "attempts": self._envelope.attempt,
                         keys.FINGERPRINT: fingerprint(error),
                     },
                 )
             case _:
                 pass
-
-
-def fingerprint(error: AttemptError) -> str:
-    """Return 12 hex digits that are equal for failures of one kind.
-
-    Type and message count; numbers, ids and quoted parts of the message do not.
-    """
-    pattern = _VARIABLE.sub("?", error.message)
-    return hashlib.sha256(f"{error.type}\n{pattern}".encode()).hexdigest()[:12]
 
 
 def _words(outcome: Outcome) -> tuple[str, str | None]:
@@ -159,57 +183,7 @@ def _words(outcome: Outcome) -> tuple[str, str | None]:
             return "retry", None
         case Failed():
             return "failed", keys.DEAD
-        case Sleeping() | Repeated():
+        case Early() | Sleeping() | Repeated():
             return "suspended", None
         case Interrupted():
             return "interrupted", None
-
-
-def start_process(tracer: Tracer, parent: Context, envelope: Envelope, values: Attributes) -> Span:
-    """Start the `process <task>` span, linked to the attempt before it."""
-    wanted = []
-    if envelope.previous is not None:
-        wanted.append((envelope.previous, {keys.LINK: keys.PREVIOUS_ATTEMPT}))
-    if envelope.origin is not None and "traceparent" not in envelope.trace:
-        # Redriven from somewhere without tracing, so no trigger span holds this link.
-        wanted.append((envelope.origin, {keys.LINK: keys.ORIGIN}))
-    linked, said = propagation.links(wanted)
-    return tracer.start_span(
-        f"process {envelope.task}", parent, SpanKind.CONSUMER, values | said, linked
-    )
-
-
-def record_wait(tracer: Tracer, parent: Context, envelope: Envelope, now_ms: int) -> None:
-    """Record the wait that `envelope` had behind it, at the time it was, if it was worth a row."""
-    again = envelope.seq > 0
-    since = envelope.sent_ms if again else envelope.triggered_ms
-    due = envelope.due_ms
-    if since is None or due is None or due - since < SHORTEST_WAIT_MS:
-        return
-    if due > now_ms + SHORTEST_WAIT_MS:  # not over yet, beyond what two clocks may differ by
-        return
-    span = tracer.start_span(
-        "wait retry" if again else "wait delay",
-        parent,
-        SpanKind.INTERNAL,
-        {keys.RUN_ID: envelope.run_id, keys.TASK: envelope.task},
-        start_time=since * 1_000_000,
-    )
-    span.end(due * 1_000_000)
-
-
-def queued_ms(envelope: Envelope, now_ms: int) -> int:
-    """Return how long the run, once ready, waited for a worker."""
-    ready = envelope.due_ms or envelope.sent_ms or envelope.triggered_ms
-    # The clocks of two machines may differ by more than the message took.
-    return 0 if ready is None else max(0, now_ms - ready)
-
-
-def mark_failed(span: Span, kind: str, message: str) -> None:
-    """Mark a span as failed: never by `record_exception`, which would add the traceback."""
-    if not span.is_recording():
-        return
-    text = clip(message, MAX_MESSAGE)
-    span.set_status(StatusCode.ERROR, clip(f"{kind}: {text}", MAX_MESSAGE))
-    span.set_attribute(keys.ERROR_TYPE, kind)
-    span.add_event(keys.EXCEPTION, {keys.EXCEPTION_TYPE: kind, keys.EXCEPTION_MESSAGE: text})

@@ -1,11 +1,16 @@
-"""The spans of a run: `trigger` and, below it for the whole life of the run, `process` per attempt.
+"""The spans of a run: `trigger` and, below it, `process` for each attempt.
 
     trigger charge_card            PRODUCER, instant; its context travels with the run
      ├ send charge_card            CLIENT, until the broker's confirm
      ├ process charge_card         CONSUMER, attempt 1, ERROR
+     │  └ step fetch               INTERNAL, what is executed of the task's steps
      ├ send charge_card.delay      CLIENT, the retry on its way
      ├ wait retry                  INTERNAL, back-dated by the worker of the next attempt
-     └ process charge_card         attempt 2, linked to attempt 1
+     ├ attempt lost                INTERNAL, ERROR, back-dated: attempt 2, whose worker died
+     └ process charge_card         attempt 3, linked to attempt 1
+
+    resume charge_card             CONSUMER, behind a wait of over five minutes: a trace of its own,
+                                   linked to the attempt before it and to the trigger
 
 Names hold the task, not the destination, because viewers group by span name and a destination is
 the same for many tasks or different for one.
@@ -29,16 +34,13 @@ from opentelemetry.metrics import MeterProvider
 from opentelemetry.trace import Span, SpanKind, Tracer
 
 from brokertask.envelope import Envelope
+from brokertask.raised import name_of
 from brokertask.telemetry import attributes as keys
 from brokertask.telemetry import propagation
-from brokertask.telemetry.attempt import (
-    AttemptSpan,
-    mark_failed,
-    queued_ms,
-    record_wait,
-    start_process,
-)
+from brokertask.telemetry.attempt import AttemptSpan
 from brokertask.telemetry.attributes import Attributes
+from brokertask.telemetry.beginning import begin, queued_ms, unrecorded
+from brokertask.telemetry.failure import mark_raised
 from brokertask.telemetry.metrics import Metrics, shared_metrics
 from brokertask.topology import Names, Route
 
@@ -148,8 +150,8 @@ class Telemetry:
         try:
             yield
         except BaseException as problem:
-            error = type(problem).__name__
-            mark_failed(span, error, str(problem))
+            error = name_of(problem)
+            mark_raised(span, problem)
             raise
         finally:
             seconds = perf_counter() - started
@@ -163,7 +165,7 @@ class Telemetry:
         self,
         envelope: Envelope,
         *,
-        attempt: int,
+        lost: int,
         max_attempts: int,
         queue: str,
         worker: str,
@@ -171,34 +173,30 @@ class Telemetry:
     ) -> Iterator[AttemptSpan]:
         """Record the `process <task>` span of one attempt; it is current inside.
 
-        Before it, the wait that led to it is recorded, if it was a second or more.
+        Before it, the wait that led to it is recorded, if it was a second or more, and the
+        attempts that were lost. A wait of over five minutes begins a new trace instead.
 
         Args:
             envelope: The message that asks for the attempt.
-            attempt: The attempt's number, with those lost by the broker's count.
+            lost: How many attempts right before this one ended with their worker.
             max_attempts: How many the task may have.
             queue: The queue it came from.
             worker: The worker's id.
             now_ms: The present, in ms since the epoch.
         """
-        parent = propagation.context(envelope.trace)
         waited_ms = queued_ms(envelope, now_ms)
         self._metrics.started(envelope.task, queue, waited_ms)
         tracer = self._tracer()
         if tracer is None:
-            span, inside = traces.get_current_span(parent), parent
+            began = unrecorded(envelope)
         else:
-            if attempt == envelope.attempt:
-                # A redelivered message may have had its wait recorded by the worker that was lost.
-                record_wait(tracer, parent, envelope, now_ms)
-            values = self._received(envelope, queue, attempt)
+            values = self._received(envelope, queue, lost)
             values[keys.MAX_ATTEMPTS] = max_attempts
             values[keys.QUEUE_WAIT] = waited_ms
             values[keys.WORKER] = worker
-            span = start_process(tracer, parent, envelope, values)
-            inside = traces.set_span_in_context(span, parent)
-        token = contexts.attach(inside)
-        made = AttemptSpan(self._metrics, span, envelope, attempt, queue)
+            began = begin(tracer, envelope, values, lost=lost, now_ms=now_ms)
+        token = contexts.attach(began.inside)
+        made = AttemptSpan(self._metrics, tracer, began=began, envelope=envelope, queue=queue)
         try:
             yield made
         except BaseException as problem:
@@ -206,7 +204,7 @@ class Telemetry:
             raise
         finally:
             contexts.detach(token)
-            span.end()
+            began.span.end()
 
     def triggered(self, task: str, count: int = 1) -> None:
         """Count runs asked for and confirmed."""
@@ -269,7 +267,7 @@ class Telemetry:
             keys.OPERATION_TYPE: kind,
         }
 
-    def _received(self, envelope: Envelope, queue: str, attempt: int) -> Attributes:
+    def _received(self, envelope: Envelope, queue: str, lost: int) -> Attributes:
         resumed = envelope.seq > 0 or envelope.due_ms is not None
         exchange = self._names.resume if resumed else self._names.tasks
         values: Attributes = {
@@ -282,10 +280,10 @@ class Telemetry:
             keys.RUN_ID: envelope.run_id,
             keys.TASK: envelope.task,
             keys.QUEUE: queue,
-            keys.ATTEMPT: attempt,
+            keys.ATTEMPT: envelope.attempt,
         }
-        if attempt > envelope.attempt:
-            values[keys.LOST_ATTEMPTS] = attempt - envelope.attempt
+        if lost:
+            values[keys.LOST_ATTEMPTS] = lost
         if envelope.parent is not None:
             values[keys.PARENT_RUN] = envelope.parent
         if envelope.root is not None:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -20,7 +23,9 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased
+from opentelemetry.trace import TraceFlags
+from pydantic import TypeAdapter
 
 from brokertask.envelope import Envelope
 from brokertask.errors import ConfigurationError, QueueFull
@@ -45,6 +50,7 @@ QUEUE = "bt.q.charge_card"
 RUN = "0198c0de-0000-7000-8000-000000000001"
 INCOMING = "00-0123456789abcdef0123456789abcdef-0123456789abcdef-01"
 OK = Succeeded(b"")
+ATTEMPTS = "brokertask.attempts"
 
 
 class Recorded:
@@ -99,11 +105,24 @@ def failure(attempt: int = 1, message: str = "no answer in 30 s") -> AttemptErro
 
 
 @contextmanager
-def trying(telemetry: Telemetry, message: Envelope, attempt: int = 1) -> Iterator[AttemptSpan]:
+def trying(telemetry: Telemetry, message: Envelope, *, lost: int = 0) -> Iterator[AttemptSpan]:
     with telemetry.attempt(
-        message, attempt=attempt, max_attempts=4, queue=QUEUE, worker="w-1", now_ms=now_ms()
+        message, lost=lost, max_attempts=4, queue=QUEUE, worker="w-1", now_ms=now_ms()
     ) as span:
         yield span
+
+
+def following(
+    message: Envelope, span: AttemptSpan, wait: str, gap: float, *, attempt: int | None = None
+) -> Envelope:
+    """Return the message behind a wait of `gap` seconds that was over a second ago."""
+    due = now_ms() - 1_000
+    again = message.again(
+        attempt=attempt or message.attempt, now_ms=due - round(gap * 1000), wait=wait
+    )
+    return replace(
+        again, due_ms=due, trace=span.trace, origin=span.origin, previous=span.traceparent
+    )
 
 
 @contextmanager
@@ -128,7 +147,7 @@ def run_with_retries(telemetry: Telemetry, last: Outcome) -> None:
     began = now_ms() - 60_000
     message = envelope(headers, triggered_ms=began, sent_ms=began)
     for attempt in range(1, 5):
-        with trying(telemetry, message, attempt) as span:
+        with trying(telemetry, message) as span:
             outcome = last if attempt == 4 else Retrying(5.0, failure(attempt))
             span.end(outcome, at_ms=began)
         delayed = isinstance(outcome, Retrying)
@@ -143,6 +162,7 @@ def run_with_retries(telemetry: Telemetry, last: Outcome) -> None:
             triggered_ms=began,
             sent_ms=began + attempt * 10_000,
             due_ms=began + attempt * 10_000 + 5_000,
+            wait="retry",
             previous=span.traceparent,
         )
 
@@ -326,26 +346,365 @@ def test_a_delayed_first_attempt_shows_its_wait(recorded: Recorded) -> None:
 
 
 @pytest.mark.parametrize(
-    ("attempt", "wait_ms"),
+    ("values", "lost"),
     [
-        pytest.param(1, 999, id="too short"),
-        pytest.param(2, 60_000, id="recorded by the worker that was lost"),
+        pytest.param({"due": 999}, 0, id="too short"),
+        pytest.param({"due": 60_000}, 1, id="recorded by the worker that was lost"),
+        pytest.param({"due": 600_000}, 0, id="not over"),
+        pytest.param({"due": 60_000, "seq": 1}, 0, id="unknown what for"),
+        pytest.param({"due": None, "seq": 1}, 0, id="handed back"),
     ],
 )
-def test_a_wait_is_left_out(recorded: Recorded, attempt: int, wait_ms: int) -> None:
+def test_a_wait_is_left_out(recorded: Recorded, values: dict[str, int | None], lost: int) -> None:
     began = now_ms() - 90_000
-    message = envelope({}, triggered_ms=began, due_ms=began + wait_ms)
-    with trying(recorded.telemetry, message, attempt) as span:
+    due, seq = values["due"], values.get("seq", 0)
+    message = envelope(
+        {},
+        seq=seq,
+        attempt=1 + lost,
+        triggered_ms=began,
+        sent_ms=began,
+        due_ms=None if due is None else began + due,
+    )
+    with trying(recorded.telemetry, message, lost=lost) as span:
         span.end(OK, at_ms=now_ms())
-    (process,) = recorded.spans()
-    assert process.attributes.get("brokertask.attempts.lost") == (attempt - 1 or None)
+    assert "wait" not in tree(recorded.spans())
+    process = recorded.span(f"process {TASK}")
+    assert process.attributes.get("brokertask.attempts.lost") == (lost or None)
+
+
+@pytest.mark.anyio
+async def test_steps_are_below_their_attempt_one_after_the_other_and_in_parallel(
+    recorded: Recorded,
+) -> None:
+    async def page(span: AttemptSpan, name: str, both: asyncio.Barrier) -> None:
+        with span.step(name):
+            await both.wait()
+            with recorded.tracer.start_as_current_span(f"GET {name}"):
+                await both.wait()
+
+    with trying(recorded.telemetry, envelope({})) as span:
+        with span.step("list"):
+            pass
+        both = asyncio.Barrier(2)
+        await asyncio.gather(page(span, "page one", both), page(span, "page two", both))
+        with recorded.tracer.start_as_current_span("report"), span.step("render#2"):
+            pass
+        span.end(OK, at_ms=now_ms())
+
+    assert tree(recorded.spans()) == (
+        f"process {TASK}\n"
+        "  step list\n"
+        "  step page one\n"
+        "    GET page one\n"
+        "  step page two\n"
+        "    GET page two\n"
+        "  report\n"
+        "    step render"
+    )
+    render = recorded.span("step render")
+    assert (render.kind, render.status) == ("INTERNAL", "UNSET")
+    assert render.attributes == {
+        "brokertask.run.id": RUN,
+        "brokertask.task": TASK,
+        "brokertask.step.name": "render#2",
+        "brokertask.step.outcome": "success",
+    }
+
+
+def test_a_step_in_a_thread_of_the_task_itself_is_below_the_attempt(recorded: Recorded) -> None:
+    def work(span: AttemptSpan) -> None:
+        with span.step("fetch"):
+            pass
+
+    with trying(recorded.telemetry, envelope({})) as span:
+        thread = threading.Thread(target=work, args=(span,))
+        thread.start()
+        thread.join()
+        span.end(OK, at_ms=now_ms())
+    assert tree(recorded.spans()) == f"process {TASK}\n  step fetch"
+
+
+def test_a_failing_step_tells_of_its_retries(recorded: Recorded) -> None:
+    with trying(recorded.telemetry, envelope({})) as span:
+        with suppress(ConnectionError), span.step("fetch") as step:
+            step.retried(TimeoutError("no answer"), 1.5)
+            step.retried(TimeoutError("no answer"), 3)
+            raise ConnectionError("refused")
+        span.end(Retrying(5, failure()), at_ms=now_ms())
+
+    assert tree(recorded.spans()) == f"process {TASK} !\n  step fetch !"
+    step_ = recorded.span("step fetch")
+    assert step_.message == "ConnectionError: refused"
+    assert step_.attributes["error.type"] == "ConnectionError"
+    assert step_.attributes["brokertask.step.outcome"] == "failed"
+    assert [(event.name, event.attributes) for event in step_.events] == [
+        ("step.retry", {"delay_ms": 1500, "reason": "TimeoutError"}),
+        ("step.retry", {"delay_ms": 3000, "reason": "TimeoutError"}),
+        ("exception", {"exception.type": "ConnectionError", "exception.message": "refused"}),
+    ]
+
+
+def test_a_cancelled_step_did_not_fail(recorded: Recorded) -> None:
+    with trying(recorded.telemetry, envelope({})) as span:
+        with pytest.raises(asyncio.CancelledError), span.step("fetch"):
+            raise asyncio.CancelledError("drain")
+        span.end(Interrupted(), at_ms=now_ms())
+    step = recorded.span("step fetch")
+    assert (step.status, step.events) == ("UNSET", ())
+    assert step.attributes["brokertask.step.outcome"] == "cancelled"
+    assert "error.type" not in step.attributes
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("SECRET")
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        pytest.param(lambda: int("x" * 400), "invalid literal", id="long"),
+        pytest.param(
+            lambda: TypeAdapter(int).validate_python("SECRET"), "int_parsing", id="validation"
+        ),
+        pytest.param(lambda: _raise(Mute()), "cannot be had", id="no text"),
+    ],
+)
+def test_what_a_step_raised_arrives_and_its_span_holds_no_value(
+    recorded: Recorded, broken: Callable[[], object], said: str
+) -> None:
+    with trying(recorded.telemetry, envelope({})) as span:
+        with pytest.raises((ValueError, Mute)), span.step("fetch"):
+            broken()
+        span.end(OK, at_ms=now_ms())
+    step = recorded.span("step fetch")
+    assert said in step.message
+    assert len(step.message) <= 256
+    assert "SECRET" not in repr(step)
+
+
+def test_steps_that_are_remembered_are_events(recorded: Recorded) -> None:
+    with trying(recorded.telemetry, envelope({})) as span:
+        for number in range(150):
+            span.remembered(f"page#{number}")
+        with span.step("render"):
+            pass
+        span.end(Sleeping(60), at_ms=now_ms())
+    process = recorded.span(f"process {TASK}")
+    remembered = [event for event in process.events if event.name == "step.remembered"]
+    assert tree(recorded.spans()) == f"process {TASK}\n  step render"
+    assert [event.attributes["name"] for event in remembered] == [f"page#{n}" for n in range(100)]
+    assert process.attributes["brokertask.steps.remembered"] == 150
+    assert process.events[-1].name == "run.suspended"
+
+
+def test_a_run_that_sleeps_for_half_a_minute_stays_in_its_trace(recorded: Recorded) -> None:
+    message = envelope(trigger_and_send(recorded.telemetry), triggered_ms=now_ms() - 40_000)
+    with trying(recorded.telemetry, message) as span:
+        assert span.trace is message.trace
+        span.end(Sleeping(30), at_ms=now_ms())
+    message = following(message, span, "sleep", 30)
+    with trying(recorded.telemetry, message) as span:
+        assert span.trace is message.trace
+        span.end(OK, at_ms=now_ms())
+
+    wait = recorded.span("wait sleep")
+    parts = [span_ for span_ in recorded.spans() if span_.name == f"process {TASK}"]
+    assert sorted(tree(recorded.spans()).splitlines()) == [
+        f"  process {TASK}",
+        f"  process {TASK}",
+        f"  send {TASK}",
+        "  wait sleep",
+        f"trigger {TASK}",
+    ]
+    assert {span_.trace_id for span_ in recorded.spans()} == {wait.trace_id}
+    assert wait.end_ns - wait.start_ns == 30 * 10**9
+    assert [link.span_id for link in parts[1].links] == [parts[0].span_id]
+    assert parts[0].status == "UNSET"
+    assert parts[0].attributes["brokertask.attempt.outcome"] == "suspended"
+    assert [(event.name, event.attributes) for event in parts[0].events] == [
+        ("run.suspended", {"kind": "sleep", "delay_ms": 30_000})
+    ]
+    assert {point[0]["brokertask.attempt.outcome"] for point in recorded.points(ATTEMPTS)} == {
+        "suspended",
+        "success",
+    }
+
+
+def test_e_a_run_that_sleeps_for_an_hour_goes_on_in_a_new_trace(recorded: Recorded) -> None:
+    with current({"baggage": "tenant=a"}):
+        message = envelope(trigger_and_send(recorded.telemetry), triggered_ms=now_ms() - 9_000_000)
+    with trying(recorded.telemetry, message) as span:
+        span.end(Sleeping(3_600), at_ms=now_ms())
+    message = following(message, span, "sleep", 3_600)
+    with trying(recorded.telemetry, message) as span:
+        assert baggage.get_all() == {"tenant": "a"}
+        with span.step("remind"):
+            pass
+        span.end(Retrying(20, failure()), at_ms=now_ms())
+    with recorded.telemetry.send(NAMES.delay_route(TASK, 20_000)[0], trace=span.trace):
+        pass
+    message = following(message, span, "retry", 20, attempt=2)
+    with trying(recorded.telemetry, message) as span:
+        span.end(OK, at_ms=now_ms())
+
+    trigger, resume = recorded.span(f"trigger {TASK}"), recorded.span(f"resume {TASK}")
+    first, last = (span_ for span_ in recorded.spans() if span_.name == f"process {TASK}")
+    before = [span_ for span_ in recorded.spans() if span_.trace_id == trigger.trace_id]
+    after = [span_ for span_ in recorded.spans() if span_.trace_id == resume.trace_id]
+    assert tree(before) == f"trigger {TASK}\n  send {TASK}\n  process {TASK}"
+    assert sorted(span_.name for span_ in after) == [
+        f"process {TASK}",
+        f"resume {TASK}",
+        f"send {TASK}.delay",
+        "step remind",
+        "wait retry",
+    ]
+    assert {span_.parent_id for span_ in after} == {"", resume.span_id}
+    assert (resume.kind, resume.parent_id) == ("CONSUMER", "")
+    assert [(link.span_id, link.attributes["brokertask.link"]) for link in resume.links] == [
+        (first.span_id, "previous_segment"),
+        (trigger.span_id, "run_origin"),
+    ]
+    assert resume.attributes["brokertask.run_origin.trace_id"] == trigger.trace_id
+    assert resume.attributes["brokertask.previous_segment.span_id"] == first.span_id
+    assert resume.attributes["brokertask.run.id"] == RUN
+    assert [link.attributes["brokertask.link"] for link in last.links] == ["previous_attempt"]
+    assert span.trace["traceparent"].startswith(f"00-{resume.trace_id}-{resume.span_id}-")
+    assert span.trace["baggage"] == "tenant=a"
+
+
+def test_every_segment_is_linked_to_the_trigger_that_the_run_began_with(
+    recorded: Recorded,
+) -> None:
+    message = envelope(recorded.telemetry.trigger(TASK, RUN))
+    for wait in ("retry", "sleep", "sleep"):
+        with trying(recorded.telemetry, message) as span:
+            span.end(Sleeping(400), at_ms=now_ms())
+        message = following(message, span, wait, 400)
+    with trying(recorded.telemetry, message) as span:
+        span.end(OK, at_ms=now_ms())
+
+    trigger = recorded.span(f"trigger {TASK}")
+    parts = [span_ for span_ in recorded.spans() if span_.name != trigger.name]
+    assert [span_.name.split()[0] for span_ in parts] == ["process", "resume", "resume", "resume"]
+    assert len({span_.trace_id for span_ in parts}) == 4
+    for before, after in pairwise(parts):
+        assert [link.span_id for link in after.links] == [before.span_id, trigger.span_id]
+
+
+def test_a_long_delay_begins_a_trace_that_is_found_from_the_trigger(recorded: Recorded) -> None:
+    message = envelope(recorded.telemetry.trigger(TASK, RUN), triggered_ms=now_ms() - 400_000)
+    with trying(recorded.telemetry, replace(message, due_ms=now_ms())) as span:
+        span.end(OK, at_ms=now_ms())
+    trigger, process = recorded.span(f"trigger {TASK}"), recorded.span(f"process {TASK}")
+    assert tree(recorded.spans()) == f"trigger {TASK}\nprocess {TASK}"
+    assert process.trace_id != trigger.trace_id
+    assert [link.span_id for link in process.links] == [trigger.span_id]
+    assert process.attributes["brokertask.run_origin.span_id"] == trigger.span_id
+
+
+def test_a_new_segment_is_sampled_as_a_root_and_what_follows_does_as_it_did() -> None:
+    recorded = Recorded(sampler=ParentBased(ALWAYS_OFF))
+    headers = {"traceparent": INCOMING, "tracestate": "vendor=1"}
+    message = envelope(headers)
+    with trying(recorded.telemetry, message) as span:
+        span.end(Sleeping(400), at_ms=now_ms())
+    message = following(message, span, "sleep", 400)
+    with trying(recorded.telemetry, message) as span:
+        assert span.trace_id not in (None, INCOMING[3:35])
+        assert span.trace_id == span.trace["traceparent"][3:35]
+        assert not int(span.trace["traceparent"][-2:]) & TraceFlags.SAMPLED
+        assert "tracestate" not in span.trace
+        with span.step("fetch"):
+            pass
+        span.end(Retrying(5, failure()), at_ms=now_ms())
+    with trying(recorded.telemetry, following(message, span, "retry", 5)) as span:
+        span.end(OK, at_ms=now_ms())
+    assert tree(recorded.spans()) == f"process {TASK}"
+
+
+@pytest.mark.parametrize("provider", [None, trace.NoOpTracerProvider()])
+def test_without_an_sdk_a_long_wait_does_not_cut_the_callers_trace(
+    provider: trace.TracerProvider | None,
+) -> None:
+    telemetry = Telemetry(NAMES, tracer_provider=provider)
+    headers = {"traceparent": INCOMING, "baggage": "tenant=a"}
+    began = now_ms() - 3_700_000
+    message = envelope(headers, seq=1, wait="sleep", sent_ms=began, due_ms=began + 3_600_000)
+    with trying(telemetry, message, lost=2) as span:
+        assert (span.trace, span.origin, span.trace_id) == (headers, None, INCOMING[3:35])
+        assert telemetry.trigger("other", "run-2") == headers
+        span.remembered("list")
+        with span.step("fetch") as step:
+            step.retried(TimeoutError(), 1)
+        # Nothing is made for a step of which nothing is recorded.
+        assert span.step("fetch") is span.step("render")
+        span.end(OK, at_ms=now_ms())
+
+
+def test_lost_attempts_are_recorded_by_the_worker_of_the_next(recorded: Recorded) -> None:
+    ready = now_ms() - 60_000
+    message = envelope(recorded.telemetry.trigger(TASK, RUN), triggered_ms=ready, attempt=3)
+    with trying(recorded.telemetry, message, lost=2) as span:
+        span.end(OK, at_ms=now_ms())
+    first, second = (span_ for span_ in recorded.spans() if span_.name == "attempt lost")
+    process = recorded.span(f"process {TASK}")
+    assert {first.parent_id, second.parent_id} == {process.parent_id}
+    assert (first.kind, first.status) == ("INTERNAL", "ERROR")
+    assert first.attributes == {
+        "brokertask.run.id": RUN,
+        "brokertask.task": TASK,
+        "brokertask.attempt.number": 1,
+        "brokertask.attempt.outcome": "lost",
+        "error.type": "worker_lost",
+    }
+    assert second.attributes["brokertask.attempt.number"] == 2
+    assert (first.start_ns, first.end_ns) == (ready * 10**6, second.start_ns)
+    assert first.end_ns < second.end_ns <= process.start_ns
+    assert process.attributes["brokertask.attempt.number"] == 3
+    assert process.attributes["brokertask.attempts.lost"] == 2
+
+
+def test_of_many_lost_attempts_the_last_five_are_recorded(recorded: Recorded) -> None:
+    with trying(recorded.telemetry, envelope({}, attempt=9), lost=8) as span:
+        span.end(OK, at_ms=now_ms())
+    lost = [span_ for span_ in recorded.spans() if span_.name == "attempt lost"]
+    assert sorted(str(span_.attributes["brokertask.attempt.number"]) for span_ in lost) == [
+        "4",
+        "5",
+        "6",
+        "7",
+        "8",
+    ]
+    assert recorded.span(f"process {TASK}").attributes["brokertask.attempts.lost"] == 8
+
+
+def test_an_attempt_lost_behind_a_long_wait_is_in_the_new_trace(recorded: Recorded) -> None:
+    due = now_ms() - 5_000
+    message = envelope(
+        {"traceparent": INCOMING},
+        attempt=2,
+        seq=1,
+        wait="sleep",
+        sent_ms=due - 400_000,
+        due_ms=due,
+    )
+    with trying(recorded.telemetry, message, lost=1) as span:
+        span.end(OK, at_ms=now_ms())
+    assert tree(recorded.spans()) == f"resume {TASK}\n  attempt lost !"
+    assert recorded.span("attempt lost").start_ns == due * 10**6
 
 
 @pytest.mark.parametrize(
     ("outcome", "word", "status"),
     [
         (Expired(), "expired", "expired"),
-        (Sleeping(5), "suspended", None),
         (Interrupted(), "interrupted", None),
     ],
 )
