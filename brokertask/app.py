@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from brokertask.claims import Claims
 from brokertask.client import Client
 from brokertask.clock import Clock, SystemClock
 from brokertask.errors import ConfigurationError, DuplicateTask, InvalidOption
@@ -43,6 +44,7 @@ class App:
             now_ms=lambda: self.clock.now_ms(),
             connect=self.connect,
             topology=self.topology,
+            claims=self._claims(),
         )
         self._middleware: list[Middleware] = []
         self._lifespan: Lifespan = _no_lifespan
@@ -107,7 +109,9 @@ class App:
 
         Raises:
             InvalidOption: A task that is not declared, or there is none at all.
+            ConfigurationError: What the payload store needs is not installed.
         """
+        self.client.claims.open()
         chosen = [self._known(task) for task in (self.tasks if tasks is None else tasks)]
         if not chosen:
             raise InvalidOption(f"app {self.name!r} has no tasks to work on")
@@ -153,6 +157,10 @@ class App:
             name=self.name,
             reconnected=self.telemetry.reconnected,
         )
+
+    def _claims(self) -> Claims:
+        above = min(self.settings.claim_above_bytes, self.settings.max_payload_bytes)
+        return Claims(self.settings.payload_store, above=above)
 
     def _register(self, task: Task[Any, Any]) -> None:
         other = self.tasks.get(task.id)

@@ -17,6 +17,7 @@ from typing import Any, Final, TypedDict
 
 from pydantic import TypeAdapter
 
+from brokertask.claims import Claims
 from brokertask.durations import Duration, seconds
 from brokertask.envelope import Envelope, Message
 from brokertask.errors import (
@@ -46,8 +47,6 @@ IN_FLIGHT: Final = 256
 """Publishes of one `trigger_many` that wait for their confirm at a time."""
 JOINED_FAN_OUT: Final = 50
 """Larger fan-outs get traces of their own: trace viewers are slow beyond some thousand spans."""
-JOINED_DELAY: Final = 300.0
-"""Runs that begin later than this get a trace of their own, linked to the one that asked."""
 
 
 class TriggerOptions(TypedDict, total=False):
@@ -67,6 +66,9 @@ class Client:
     """Triggers runs of any task, by id: a service needs none of the task's code.
 
     Safe to use from several event loops and threads, and after a fork.
+
+    Attributes:
+        claims: The app's way to its payload store.
     """
 
     def __init__(
@@ -78,7 +80,9 @@ class Client:
         now_ms: Callable[[], int],
         connect: Callable[[], Transport],
         topology: Callable[[], Topology],
+        claims: Claims,
     ) -> None:
+        self.claims = claims
         self._app_id = app_id
         self._settings = settings
         self._telemetry = telemetry
@@ -101,7 +105,8 @@ class Client:
     ) -> Run[Any]:
         """Ask for a run of `task`; when this returns, it is on the broker's disk.
 
-        Costs one confirmed publish, about a millisecond.
+        Costs one confirmed publish, about a millisecond; and before it, for a payload that leaves
+        as a claim, a put into the payload store.
 
         Args:
             task: The task's id.
@@ -121,8 +126,9 @@ class Client:
         )
         session = await self._session()
         await self._find_queue(session, envelope)
+        envelope = envelope.claimed(await self.claims.put(envelope.payload))
         run: Run[Any] = Run(envelope.run_id, task, session, result or _ANYTHING)
-        envelope, route = self._addressed(session, envelope, detach=seconds(delay) >= JOINED_DELAY)
+        envelope, route = self._addressed(session, envelope, detach=False)
         with self._telemetry.send(route, trace=envelope.trace):
             await self._publish(session, envelope, route)
         return run
@@ -152,7 +158,9 @@ class Client:
         session = await self._session()
         if envelopes:
             await self._find_queue(session, envelopes[0])
-        detach = len(envelopes) > JOINED_FAN_OUT or seconds(delay) >= JOINED_DELAY
+        claims = await self.claims.put_all(bodies)
+        envelopes = [each.claimed(claim) for each, claim in zip(envelopes, claims, strict=True)]
+        detach = len(envelopes) > JOINED_FAN_OUT
         results: list[Run[Any] | PublishError] = [
             Run(envelope.run_id, task, session, result or _ANYTHING) for envelope in envelopes
         ]
@@ -265,13 +273,14 @@ class Client:
         self._sessions = {}
 
     def encode(self, payload: object) -> bytes:
-        """Return a payload in msgpack, within the size limit."""
+        """Return a payload in msgpack, within the size limit if it does not leave as a claim."""
         body = encode(payload)
         limit = self._settings.max_payload_bytes
-        if len(body) > limit:
+        if len(body) > limit and not self.claims.takes(len(body)):
             raise PayloadTooLarge(
-                f"the payload is {len(body)} bytes, the limit is {limit}: send a reference to "
-                "where it is stored, or raise BROKERTASK_MAX_PAYLOAD_BYTES everywhere"
+                f"the payload is {len(body)} bytes, the limit is {limit}: set "
+                "BROKERTASK_PAYLOAD_STORE, send a reference to where it is stored, or raise "
+                "BROKERTASK_MAX_PAYLOAD_BYTES everywhere"
             )
         return body
 
@@ -373,7 +382,8 @@ class Client:
             log.error("%s", error)
 
     async def _open(self) -> Session:
-        session = Session(self._connect())
+        self.claims.open()
+        session = Session(self._connect(), self.claims)
         try:
             await session.transport.open(timeout=self._settings.connect_timeout)
             if self._settings.declare:

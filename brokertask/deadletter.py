@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final, TypeGuard
 
+from brokertask.claim import Claim
 from brokertask.durations import Duration, seconds
-from brokertask.envelope import MAX_ID, VERSION, Envelope, Memory, Message, run_id_of
+from brokertask.envelope import MAX_ID, VERSION, Envelope, Message, run_id_of
 from brokertask.errors import REASONS, EnvelopeError, InvalidOption
+from brokertask.memory import Memory
 from brokertask.outcome import AttemptError, Failed
 from brokertask.values import LAST_INSTANT_MS, MSGPACK, clip
 
@@ -56,6 +59,25 @@ class DeadLetter:
         return parts[1] if len(parts) >= 4 and len(parts[1]) == 32 else None
 
     @property
+    def claim(self) -> Claim | None:
+        """The claim that its payload is; None for one that is in the message, or no claim."""
+        with suppress(EnvelopeError):
+            return None if self.envelope is None else self.envelope.claim()
+        return None
+
+    @property
+    def seq(self) -> int:
+        """The place of its message in the run."""
+        return 0 if self.envelope is None else self.envelope.seq
+
+    @property
+    def run(self) -> tuple[str, str] | None:
+        """What the dead letters of one run have in common; None where two may only look alike."""
+        if self.envelope is None or self.envelope.id_derived:
+            return None
+        return self.task, self.run_id
+
+    @property
     def meaning(self) -> str:
         """The reason in words."""
         meaning = _MEANINGS.get(self.reason) or BROKER_REASONS.get(self.reason)
@@ -71,7 +93,8 @@ class DeadLetter:
         reason = (message.headers.get("bt-reason"), death.get("reason"))
         died_ms = _first_instant(message.headers.get("bt-died"), death.get("time"))
         try:
-            envelope = Envelope.read(message, task=task, max_bytes=len(message.body))
+            size = len(message.body)
+            envelope = Envelope.read(message, task=task, max_bytes=size, max_memory_bytes=size)
         except EnvelopeError as error:
             return DeadLetter(
                 run_id=run_id_of(message, task),
@@ -99,12 +122,20 @@ class DeadLetter:
         )
 
     def redriven(
-        self, *, trace: Mapping[str, str], now_ms: int, payload: bytes | None = None
+        self,
+        *,
+        trace: Mapping[str, str],
+        now_ms: int,
+        payload: bytes | None = None,
+        forget: bool = False,
     ) -> Envelope:
-        """Return the run's clean start; `payload`, in msgpack, takes the place of its own.
+        """Return the run's new start: first attempt, behind its finished steps.
+
+        `payload`, in msgpack, takes the place of its own; then, or to `forget`, without them.
 
         Raises:
-            EnvelopeError: The payload cannot be decoded, so a worker could only bury it again.
+            EnvelopeError: The payload cannot be decoded, so a worker could only bury it again. What
+                a claim stands for is not looked at.
         """
         before = self.envelope or Envelope(
             run_id=self.run_id,
@@ -116,8 +147,9 @@ class DeadLetter:
         )
         if payload is not None:
             before = replace(before, payload=payload, content_type=MSGPACK)
-        before.value()
-        return before.redriven(trace=trace, now_ms=now_ms)
+        if before.claim() is None:
+            before.value()
+        return before.redriven(trace=trace, now_ms=now_ms, forget=forget or payload is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,35 +9,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 
+from brokertask.claims import Claims
 from brokertask.clock import Clock, SystemClock
 from brokertask.deadletter import DeadLetter, Filter
 from brokertask.errors import (
     BrokertaskError,
-    BrokerUnavailable,
     EnvelopeError,
     InvalidOption,
     PublishError,
 )
+from brokertask.letterbox import Held, Letterbox
 from brokertask.settings import Settings
 from brokertask.telemetry import Telemetry
 from brokertask.telemetry import attributes as keys
-from brokertask.transport.base import Consumer, Delivery, Transport
+from brokertask.transport.base import Consumer, Transport
 
 log = logging.getLogger("brokertask.deadletters")
 T = TypeVar("T")
 
 MAX_SEEN: Final = 50_000
 """How much of one queue a selection looks at; AMQP's prefetch ends at 65,535."""
-MAX_HELD_BYTES: Final = 256 * 1024 * 1024
-"""How much a selection keeps of one queue; what is behind it is for the next selection."""
-QUIET: Final = 1.0
-"""So long without an arrival, and the broker is asked whether there is more to come."""
-MAX_QUIETS: Final = 30
 
 Status: TypeAlias = Literal["redriven", "discarded", "failed", "unknown", "lapsed"]
 """What became of one dead run. `failed` and `lapsed`: it is where it was. `unknown`: it may be at
@@ -72,12 +68,6 @@ class Result:
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
-    letter: DeadLetter
-    delivery: Delivery | None
-
-
 class Selection:
     """The dead runs of some tasks that a filter takes, held until this is closed.
 
@@ -95,16 +85,18 @@ class Selection:
         *,
         telemetry: Telemetry,
         clock: Clock,
+        claims: Claims,
         bodies: bool,
     ) -> None:
         self._transport = transport
-        self._settings = settings
-        self._filters = filters
+        self._settings, self._filters = settings, filters
         self._telemetry = telemetry
         self._clock = clock
+        self._claims = claims
         self._bodies = bodies
         self._consumers: list[Consumer] = []
-        self._held: list[_Held] = []
+        self._held: list[Held] = []
+        self._furthest: dict[Any, DeadLetter] = {}
         self.looks: list[Look] = []
         self.missing: list[str] = []
         self.results: list[Result] = []
@@ -120,6 +112,7 @@ class Selection:
         *,
         telemetry: Telemetry | None = None,
         clock: Clock | None = None,
+        claims: Claims | None = None,
         bodies: bool = True,
     ) -> AsyncIterator[Selection]:
         """Look at everything that is ready in the dead-letter queues of `tasks`, and hold it.
@@ -131,6 +124,7 @@ class Selection:
             filters: Which runs; all by default.
             telemetry: Where triggers are recorded; by default in the global providers.
             clock: By default real time.
+            claims: Takes a new payload that is too large for its message.
             bodies: False to look only: no payload is kept, and nothing can be acted on.
 
         Raises:
@@ -142,11 +136,13 @@ class Selection:
             filters or Filter(),
             telemetry=telemetry or Telemetry(settings.names),
             clock=clock or SystemClock(),
+            claims=claims or Claims(),
             bodies=bodies,
         )
         try:
             for task in dict.fromkeys(tasks):
                 await selection._look(task)
+            selection._furthest = _furthest(selection._held)
             yield selection
         finally:
             consumers = selection._consumers
@@ -158,17 +154,24 @@ class Selection:
         return [held.letter for held in self._held]
 
     async def redrive(
-        self, *, rate: float | None = None, payload: bytes | None = None
+        self,
+        *,
+        rate: float | None = None,
+        payload: bytes | None = None,
+        forget: bool = False,
     ) -> AsyncIterator[Result]:
-        """Put each run back to work: first attempt, no memory, a trace of its own.
+        """Put each run back to work: first attempt, behind its finished steps, a trace of its own.
 
         Each is on the broker's disk as a trigger before its dead letter is acked, so a crash
-        between the two leaves it doubled, never lost. A failure concerns one run only. Cancelled,
-        it finishes the one at hand and leaves the rest in place.
+        between the two leaves it doubled, never lost. Of several dead letters of one run only the
+        furthest is redriven. A failure concerns one run only. Cancelled, it finishes the one at
+        hand and leaves the rest in place.
 
         Args:
             rate: So many a second at most.
-            payload: In place of the payload of the one run selected, in msgpack.
+            payload: In place of the payload of the one run selected, in msgpack. Its finished
+                steps were of the old one, so they are forgotten.
+            forget: Begin anew, without the steps that the runs have finished.
 
         Raises:
             InvalidOption: A rate of 0 or less, or a payload for several runs.
@@ -184,7 +187,7 @@ class Selection:
             early_ms = due_ms - self._clock.now_ms()
             if early_ms > 0:
                 await self._clock.sleep(early_ms / 1000)
-            yield await _surely(self._note(self._redrive(held, payload)))
+            yield await _surely(self._note(self._redrive(held, payload, forget)))
             if rate is not None:
                 due_ms = max(due_ms, self._clock.now_ms() - 1000 / rate) + 1000 / rate
 
@@ -203,7 +206,7 @@ class Selection:
         limit = self._filters.limit
         room = wanted if limit is None else limit - len(self._held)
         now = self._clock.now_ms()
-        reader = _Reader(
+        reader = Letterbox(
             task, wanted, room, lambda letter: self._filters.takes(letter, now), bodies=self._bodies
         )
         elsewhere = 0
@@ -233,12 +236,14 @@ class Selection:
         self.results.append(result)
         return result
 
-    async def _redrive(self, held: _Held, payload: bytes | None) -> Result:
+    async def _redrive(self, held: Held, payload: bytes | None, forget: bool) -> Result:
         letter, delivery = held.letter, held.delivery
         if delivery is None or not delivery.live:
             return _lapsed(letter)
+        if (newest := self._furthest.get(letter.run, letter)) is not letter:
+            return Result(letter, "failed", _older(letter, newest))
         try:
-            await self._publish(letter, payload)
+            await self._publish(letter, payload, forget)
         except EnvelopeError as error:
             return Result(letter, "failed", f"{error}; redrive it with another payload")
         except BrokertaskError as error:
@@ -255,9 +260,12 @@ class Selection:
         self._telemetry.triggered(letter.task)
         return Result(letter, "redriven")
 
-    async def _publish(self, letter: DeadLetter, payload: bytes | None) -> None:
-        """Publish the run's clean start, confirmed."""
-        envelope = letter.redriven(trace={}, now_ms=self._clock.now_ms(), payload=payload)
+    async def _publish(self, letter: DeadLetter, payload: bytes | None, forget: bool) -> None:
+        """Publish the run's new start, confirmed."""
+        now_ms = self._clock.now_ms()
+        envelope = letter.redriven(trace={}, now_ms=now_ms, payload=payload, forget=forget)
+        if payload is not None:
+            envelope = envelope.claimed(await self._claims.put(payload))
         links = [(envelope.origin, {keys.LINK: keys.ORIGIN})] if envelope.origin else []
         trace = self._telemetry.trigger(
             letter.task,
@@ -275,7 +283,7 @@ class Selection:
                 timeout=self._settings.publish_timeout,
             )
 
-    async def _discard(self, held: _Held, reason: str) -> Result:
+    async def _discard(self, held: Held, reason: str) -> Result:
         letter, delivery = held.letter, held.delivery
         if delivery is None or not delivery.live:
             return _lapsed(letter)
@@ -290,87 +298,6 @@ class Selection:
         return Result(letter, "discarded", reason)
 
 
-class _Reader:
-    """Takes in one queue until all that was ready was seen, or enough was found."""
-
-    def __init__(
-        self,
-        task: str,
-        ready: int,
-        room: int,
-        takes: Callable[[DeadLetter], bool],
-        *,
-        bodies: bool,
-    ) -> None:
-        self.seen = 0
-        self.held: list[_Held] = []
-        self._task = task
-        self._ready = ready
-        self._room = room
-        self._takes = takes
-        self._bodies = bodies
-        self._bytes = 0
-        self._first: Delivery | None = None
-        self._frozen = False
-        self._arrived = asyncio.Event()
-
-    def receive(self, delivery: Delivery) -> None:
-        """Look at one delivery. Those not kept stay with the broker's books until the close."""
-        if self._frozen or self._enough:
-            return
-        if self._first is None or not self._first.live:
-            # The connection was lost meanwhile: everything is delivered again, from the start.
-            self._first, self.seen, self._bytes = delivery, 0, 0
-            self.held.clear()
-        self.seen += 1
-        letter = DeadLetter.read(delivery.message, task=self._task)
-        if self._takes(letter):
-            if self._bodies:
-                self._bytes += len(delivery.message.body)
-                self.held.append(_Held(letter, delivery))
-            else:
-                self.held.append(_Held(_brief(letter), None))
-        self._arrived.set()
-
-    async def fill(self, transport: Transport, queue: str) -> bool:
-        """Return once there is enough; False if another reader has some of it."""
-        quiets = 0
-        while not self._enough:
-            self._arrived.clear()
-            try:
-                async with asyncio.timeout(QUIET):
-                    await self._arrived.wait()
-                quiets = 0
-            except TimeoutError:
-                depth = await transport.depth(queue)
-                if depth is None or depth.ready == 0:
-                    break
-                quiets += 1
-                if quiets == MAX_QUIETS:
-                    raise BrokerUnavailable(
-                        f"queue {queue!r} says it holds {depth.ready} more and delivers none; "
-                        "has it lost its leader?"
-                    ) from None
-        complete = self._enough
-        self._frozen = True
-        return complete
-
-    @property
-    def _enough(self) -> bool:
-        return (
-            self.seen >= self._ready
-            or len(self.held) >= self._room
-            or self._bytes >= MAX_HELD_BYTES
-        )
-
-
-def _brief(letter: DeadLetter) -> DeadLetter:
-    """Return what a list shows of it."""
-    last = letter.error
-    errors = (replace(last, traceback=""),) if last else ()
-    return replace(letter, payload=b"", envelope=None, errors=errors)
-
-
 def _lapsed(letter: DeadLetter) -> Result:
     return Result(
         letter,
@@ -378,6 +305,22 @@ def _lapsed(letter: DeadLetter) -> Result:
         "it is no longer held: the connection was lost, or it was held longer than the broker's "
         "consumer timeout. It is in the dead-letter queue as before",
     )
+
+
+def _older(letter: DeadLetter, newest: DeadLetter) -> str:
+    return (
+        f"a copy of the run from before: it is message {letter.seq} of it, and number {newest.seq} "
+        "is dead as well. Discard it, or redrive it by itself"
+    )
+
+
+def _furthest(held: Iterable[Held]) -> dict[Any, DeadLetter]:
+    """Return of each run the dead letter that is furthest: one that was doubled may die twice."""
+    found: dict[Any, DeadLetter] = {}
+    for letter in (one.letter for one in held):
+        if letter.run is not None and letter.seq > found.setdefault(letter.run, letter).seq:
+            found[letter.run] = letter
+    return found
 
 
 async def _surely(work: Coroutine[Any, Any, T]) -> T:

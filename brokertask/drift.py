@@ -1,6 +1,6 @@
 """A topology against a live broker: what is missing, differs, waits. Changes nothing.
 
-`plan` says what `topology apply` would do; `observe` what somebody should look at.
+`plan` says what `topology apply` would do; `lacking` and `observe` what somebody should look at.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from brokertask.errors import AccessDenied
 from brokertask.lint import Finding, Limits
 from brokertask.topology import UNLIMITED_DELIVERIES, Exchange, Names, Queue, Topology
 from brokertask.transport.base import Difference, Transport
@@ -69,6 +70,24 @@ async def plan(transport: Transport, topology: Topology) -> Plan:
     """
     changes = [_change(difference) for difference in await transport.compare(topology)]
     return Plan(tuple(sorted(changes, key=lambda change: (change.kind, change.name))))
+
+
+async def lacking(transport: Transport, topology: Topology) -> list[Finding]:
+    """Return one error if the broker lacks queues or exchanges of a topology, else nothing.
+
+    A user who may not configure can ask for queues alone: of exchanges nothing is said then.
+    """
+    try:
+        names = [change.name for change in (await plan(transport, topology)).missing]
+    except AccessDenied:
+        queues = [queue.name for queue in topology.queues]
+        names = [name for name in queues if await transport.depth(name) is None]
+    if not names:
+        return []
+    what = f"{names[0]} is missing"
+    if len(names) > 1:
+        what = f"{len(names)} queues and exchanges are missing, such as {names[0]}"
+    return [Finding("error", "topology", what, "brokertask topology apply --app MODULE:APP")]
 
 
 async def observe(transport: Transport, names: Names, tasks: Iterable[Limits]) -> list[Finding]:

@@ -1,6 +1,7 @@
 """What is on the wire for one message of a run: reading, limits, writing. Pure.
 
     body     payload bytes, verbatim from the trigger | memory (msgpack map), from `bt-memory` on
+             the payload may be a claim: then it waits in the payload store
     headers  AMQP properties and `bt-*`, as docs/concepts/wire-format.md specifies them
 
 A bare `msgpack(payload)` with no header at all is a valid trigger.
@@ -11,12 +12,13 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
+from brokertask.claim import CLAIM, Claim
 from brokertask.errors import EnvelopeError, PayloadTooLarge
-from brokertask.outcome import AttemptError
-from brokertask.values import LAST_INSTANT_MS, MSGPACK, decode, pack
+from brokertask.memory import MAX_ERRORS_BYTES, Memory
+from brokertask.values import LAST_INSTANT_MS, MSGPACK, decode, kind_of
 
 VERSION: Final = 1
 MAX_HEADERS_BYTES: Final = 16_384
@@ -25,9 +27,6 @@ MAX_ID: Final = 128
 """Bytes of UTF-8 in a run id, a tag, a traceparent: what headers hold many of."""
 MAX_TAGS: Final = 32
 MAX_TRACEBACK: Final = 8_000
-KEPT_ERRORS: Final = 20
-MAX_MEMORY_BYTES: Final = 1_048_576
-"""Far above what 20 errors with their tracebacks take, whatever the limit of payloads is."""
 
 HeaderValue: TypeAlias = object
 Headers: TypeAlias = Mapping[str, HeaderValue]
@@ -49,38 +48,6 @@ class Message:
     headers: Headers = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """What a run carries from one delivery to the next: the errors of its earlier attempts."""
-
-    errors: tuple[AttemptError, ...] = ()
-
-    def with_error(self, error: AttemptError) -> Memory:
-        """Return this memory with one more error, the oldest but the first dropped beyond 20."""
-        errors = (*self.errors, error)
-        if len(errors) > KEPT_ERRORS:
-            errors = (errors[0], *errors[-(KEPT_ERRORS - 1) :])
-        return Memory(errors)
-
-    def pack(self) -> bytes:
-        """Return it as msgpack; empty bytes when there is nothing to remember."""
-        return pack({"errors": [asdict(error) for error in self.errors]}) if self.errors else b""
-
-    @staticmethod
-    def unpack(data: bytes) -> Memory:
-        """Read what `pack` wrote; unknown fields, from a newer minor version, are ignored."""
-        if not data:
-            return Memory()
-        try:
-            raw = decode(data, MSGPACK)
-            errors = tuple(AttemptError.read(error) for error in raw.get("errors", ()))
-        except (TypeError, AttributeError) as error:
-            raise EnvelopeError(
-                f"the run's memory is damaged: {error}", reason="undecodable"
-            ) from None
-        return Memory(errors)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Envelope:
     """One message of a run, understood. Instants are ms since the epoch, delays are ms."""
@@ -93,7 +60,7 @@ class Envelope:
     """The attempt this message asks for, 1-based, before deliveries that were lost."""
     seq: int = 0
     """The message's place in the run, 0 for the trigger: the fence against stale copies."""
-    memory: Memory = Memory()
+    memory: Memory = field(default_factory=Memory)
     triggered_ms: int | None = None
     sent_ms: int | None = None
     due_ms: int | None = None
@@ -107,6 +74,8 @@ class Envelope:
     app_id: str | None = None
     id_derived: bool = False
     """The publisher gave no id: two identical messages share one, so they are never merged."""
+    wait: str | None = None
+    """What the run waited for before this message: `retry`, `sleep`; None after a trigger."""
     previous: str | None = None
     """The traceparent of the attempt before, for the link between their spans."""
     origin: str | None = None
@@ -131,6 +100,7 @@ class Envelope:
             ("bt-parent", self.parent),
             ("bt-root", self.root),
             ("bt-derived", self.id_derived or None),
+            ("bt-wait", self.wait),
             ("bt-previous", self.previous),
             ("bt-origin", self.origin),
             ("bt-redrives", self.redrives or None),
@@ -153,17 +123,21 @@ class Envelope:
         )
 
     @staticmethod
-    def read(message: Message, *, task: str, max_bytes: int) -> Envelope:
+    def read(
+        message: Message, *, task: str, max_bytes: int, max_memory_bytes: int = 1_048_576
+    ) -> Envelope:
         """Return the envelope in `message`, delivered from the queue of `task`.
 
         Only the headers are understood here; the payload stays bytes until the run is to start.
-        `max_bytes` bounds the payload; the memory has a limit of its own.
+        `max_bytes` bounds the payload, `max_memory_bytes` what the run remembers beside errors.
 
         Raises:
             EnvelopeError: It can't be a run; its `reason` is the dead-letter reason.
         """
         headers = _Headers(message.headers)
-        size = _payload_size(headers, len(message.body), max_bytes)
+        size = _payload_size(
+            headers, len(message.body), max_bytes, max_memory_bytes + MAX_ERRORS_BYTES
+        )
         return Envelope(
             run_id=run_id_of(message, task),
             task=task,
@@ -183,6 +157,7 @@ class Envelope:
             reply_to=message.reply_to,
             app_id=message.app_id,
             id_derived=not message.message_id or bool(headers.integer("bt-derived", 0)),
+            wait=headers.text("bt-wait"),
             previous=headers.text("bt-previous"),
             origin=headers.text("bt-origin"),
             redrives=headers.integer("bt-redrives", 0),
@@ -193,15 +168,34 @@ class Envelope:
             },
         )
 
+    def claim(self) -> Claim | None:
+        """Return the claim that the payload is, or None if it is the payload itself.
+
+        Raises:
+            EnvelopeError: It says that it is a claim, and is none.
+        """
+        return Claim.unpack(self.payload) if kind_of(self.content_type) == CLAIM else None
+
     def value(self) -> object:
-        """Decode the payload.
+        """Decode the payload, which is no claim.
 
         Raises:
             EnvelopeError: It is not what its content type says, or too deep.
         """
         return decode(self.payload, self.content_type)
 
-    def again(self, *, attempt: int, now_ms: int, memory: Memory | None = None) -> Envelope:
+    def claimed(self, claim: Claim | None) -> Envelope:
+        """Return this message with a claim for its payload; None: as it is."""
+        return self if claim is None else replace(self, payload=claim.pack(), content_type=CLAIM)
+
+    def again(
+        self,
+        *,
+        attempt: int,
+        now_ms: int,
+        memory: Memory | None = None,
+        wait: str | None = None,
+    ) -> Envelope:
         """Return the message that follows this one in the run."""
         return replace(
             self,
@@ -211,12 +205,17 @@ class Envelope:
             sent_ms=now_ms,
             due_ms=None,
             left_ms=0,
+            wait=wait,
         )
 
-    def redriven(self, *, trace: Mapping[str, str], now_ms: int) -> Envelope:
-        """Return a clean start of a dead run: first attempt, no memory, a link to what it was."""
+    def redriven(self, *, trace: Mapping[str, str], now_ms: int, forget: bool = False) -> Envelope:
+        """Return a new start of a dead run: first attempt, no errors, a link to what it was.
+
+        It goes on behind its finished steps, unless it shall forget them.
+        """
+        memory = Memory() if forget else replace(self.memory, errors=())
         return replace(
-            self.again(attempt=1, now_ms=now_ms, memory=Memory()),
+            self.again(attempt=1, now_ms=now_ms, memory=memory),
             trace=trace,
             previous=None,
             origin=self.origin or self.trace.get("traceparent"),
@@ -225,7 +224,7 @@ class Envelope:
         )
 
 
-def _payload_size(headers: _Headers, body: int, max_bytes: int) -> int:
+def _payload_size(headers: _Headers, body: int, max_bytes: int, max_memory: int) -> int:
     """Return how many bytes of the body are payload, if this is a message we can read."""
     version = headers.integer("bt-version", VERSION)
     if version > VERSION or version < 1:
@@ -240,9 +239,9 @@ def _payload_size(headers: _Headers, body: int, max_bytes: int) -> int:
         raise EnvelopeError(
             f"{size} bytes, the limit is {max_bytes} (max_payload_bytes)", reason="too_large"
         )
-    if body - size > MAX_MEMORY_BYTES:
+    if body - size > max_memory:
         raise EnvelopeError(
-            f"a memory of {body - size} bytes, the limit is {MAX_MEMORY_BYTES}", reason="too_large"
+            f"a memory of {body - size} bytes, the limit is {max_memory}", reason="too_large"
         )
     return size
 

@@ -1,8 +1,8 @@
 """Every error brokertask raises. A class stands for what the caller can do about it.
 
     BrokertaskError
-      ConfigurationError          yours to mend; raised at declaration or start
-        DuplicateTask  InvalidOption  UnsupportedType  TopologyMismatch
+      ConfigurationError          yours to mend; raised at declaration, start, or by a step
+        DuplicateTask  InvalidOption  UnsupportedType  TopologyMismatch  StepMismatch
       PublishError                the trigger failed; `unknown` says whether it may have landed
         BrokerUnavailable         no connection; nothing was sent
         AccessDenied              the broker refused this user
@@ -12,7 +12,7 @@
         PublishUnknown            sent, no answer in time: repeat with the same run id
         BatchError                some of `trigger_many`; `results` tells of each
       PayloadError                a payload or result that cannot cross the wire
-        InvalidPayload  PayloadTooLarge
+        InvalidPayload  PayloadTooLarge  MemoryFull  PayloadUnavailable
       EnvelopeError               bytes from the broker that are no run; buried with `reason`
       RunError                    what `Run.result()` raises; carries run id and task
         RunFailed  RunExpired  ResultTimeout  ResultUnavailable
@@ -37,6 +37,8 @@ Reason: TypeAlias = Literal[
     "too_deep",
     "unsupported_version",
     "bad_result",
+    "step_mismatch",
+    "memory_full",
 ]
 """Why a run is in the dead-letter queue. The broker adds its own, such as `delivery_limit`."""
 
@@ -54,6 +56,8 @@ REASONS: Final[dict[Reason, str]] = {
     "too_deep": "the body is nested too deeply",
     "unsupported_version": "it was written by a newer brokertask",
     "bad_result": "the task returned what cannot be sent",
+    "step_mismatch": "the code asks for other steps than those the run has finished",
+    "memory_full": "its finished steps are larger than max_memory_bytes",
 }
 
 
@@ -79,6 +83,13 @@ class UnsupportedType(ConfigurationError):
 
 class TopologyMismatch(ConfigurationError):
     """An object on the broker differs from what the code declares, in an immutable argument."""
+
+
+class StepMismatch(ConfigurationError):
+    """A run's finished steps do not fit the code that resumes it; the run is buried.
+
+    Bring back the steps that it expects and redrive it, or redrive it without its steps.
+    """
 
 
 class PublishError(BrokertaskError):
@@ -149,6 +160,14 @@ class InvalidPayload(PayloadError):
 
 class PayloadTooLarge(PayloadError):
     """A payload is over the size limit."""
+
+
+class PayloadUnavailable(PayloadError):
+    """The payload store cannot be reached, or the content of a claim is gone or damaged."""
+
+
+class MemoryFull(PayloadError):
+    """A run's finished steps are together over the limit; the run is buried with those before."""
 
 
 class EnvelopeError(BrokertaskError):

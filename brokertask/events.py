@@ -2,29 +2,45 @@
 
 | event       | when                                | fields beside the common ones    |
 | ----------- | ----------------------------------- | -------------------------------- |
-| `completed` | the task returned                   | `result`                         |
+| `completed` | the task returned                   | `result`, or `claim`             |
 | `retrying`  | an attempt failed, another follows  | `error`, `delay_ms`              |
 | `failed`    | the run went to the dead letters    | `error`, `reason`                |
 | `expired`   | the run came too late to start      |                                  |
+| `sleeping`  | the task sleeps, its slot is free   | `delay_ms`                       |
+| `progress`  | the task tells how far it is        | `done`, `total`                  |
 
-Common fields: `event`, `run_id`, `task`, `attempt`, `at_ms`, `worker`. The body is a msgpack map.
+Common fields: `event`, `run_id`, `task`, `attempt`, `at_ms`, `worker`; `metadata`, if the run has
+any. The body is a msgpack map.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Final
 
+from brokertask.claim import Claim
 from brokertask.envelope import Envelope, Message
 from brokertask.errors import EnvelopeError
-from brokertask.outcome import AttemptError, Expired, Failed, Outcome, Retrying, Succeeded
+from brokertask.memory import Metadata
+from brokertask.outcome import (
+    AttemptError,
+    Expired,
+    Failed,
+    Outcome,
+    Retrying,
+    Sleeping,
+    Succeeded,
+)
 from brokertask.values import MSGPACK, decode, pack
 
 COMPLETED: Final = "completed"
 RETRYING: Final = "retrying"
 FAILED: Final = "failed"
 EXPIRED: Final = "expired"
-_TYPES: Final = {
+SLEEPING: Final = "sleeping"
+PROGRESS: Final = "progress"
+_TYPES: Final[dict[str, type | tuple[type, ...]]] = {
     "event": str,
     "run_id": str,
     "task": str,
@@ -34,6 +50,9 @@ _TYPES: Final = {
     "result": bytes,
     "reason": str,
     "delay_ms": int,
+    "done": (int, float),
+    "total": (int, float),
+    "metadata": dict,
 }
 
 
@@ -49,9 +68,15 @@ class Event:
     worker: str
     result: bytes | None = None
     """The task's result in msgpack, of `completed`."""
+    claim: Claim | None = None
+    """Stands for a result that is in the payload store."""
     error: AttemptError | None = None
     reason: str | None = None
     delay_ms: int | None = None
+    done: float | None = None
+    total: float | None = None
+    metadata: Metadata | None = None
+    """What the run noted about itself: `ctx.metadata`."""
 
     def message(self) -> Message:
         """Return it as the message to publish."""
@@ -77,34 +102,49 @@ class Event:
             for name, value in values.items():
                 if not isinstance(value, _TYPES[name]):
                     raise TypeError(f"{name} is a {type(value).__name__}")
-            error = raw.get("error")
-            return Event(**values, error=None if error is None else AttemptError.read(error))
+            error, claim = raw.get("error"), raw.get("claim")
+            return Event(
+                **values,
+                error=None if error is None else AttemptError.read(error),
+                claim=None if claim is None else Claim.read(claim),
+            )
         except (TypeError, AttributeError) as problem:
             raise EnvelopeError(f"not an event: {problem}", reason="undecodable") from None
 
 
 def event_of(outcome: Outcome, envelope: Envelope, *, at_ms: int, worker: str) -> Event | None:
     """Return the event that tells of `outcome`, or None where nothing happened to the run."""
-
-    def event(name: str, **values: Any) -> Event:
-        return Event(
-            event=name,
-            run_id=envelope.run_id,
-            task=envelope.task,
-            attempt=envelope.attempt,
-            at_ms=at_ms,
-            worker=worker,
-            **values,
-        )
-
+    event = partial(_event, envelope, at_ms, worker)
     match outcome:
-        case Succeeded(result=result):
-            return event(COMPLETED, result=result)
+        case Succeeded(result=result, claim=claim):
+            return event(COMPLETED, result=None if claim else result, claim=claim)
         case Retrying(delay=delay, error=error):
             return event(RETRYING, error=error, delay_ms=round(delay * 1000))
         case Failed(reason=reason, error=error):
             return event(FAILED, error=error, reason=reason)
         case Expired():
             return event(EXPIRED)
+        case Sleeping(delay=delay):
+            return event(SLEEPING, delay_ms=round(delay * 1000))
         case _:
             return None
+
+
+def progress_event(
+    envelope: Envelope, done: float | None, total: float | None, *, at_ms: int, worker: str
+) -> Event:
+    """Return the event that tells how far a run is."""
+    return _event(envelope, at_ms, worker, PROGRESS, done=done, total=total)
+
+
+def _event(envelope: Envelope, at_ms: int, worker: str, name: str, **values: Any) -> Event:
+    return Event(
+        event=name,
+        run_id=envelope.run_id,
+        task=envelope.task,
+        attempt=envelope.attempt,
+        at_ms=at_ms,
+        worker=worker,
+        metadata=envelope.memory.metadata or None,
+        **values,
+    )

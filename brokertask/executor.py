@@ -1,9 +1,9 @@
 """From a delivery to its settlement: read, perform, settle. The way of every message in a worker.
 
 execute ─ read ─────────────────────────────────────────────► Failed (no run at all)
-    ├─ a double of an attempt that runs here: joins it, and is settled with it
-    └─ not due: Sleeping · slot ─ too late: Expired · lost too often: Failed
-                               └─ perform: Succeeded · Retrying · Failed · Interrupted
+    ├─ a message of a run that is in hands here: joins it, is stale, or takes its place
+    └─ not due: Early · slot ─ too late: Expired · lost too often: Failed
+                            └─ perform: Succeeded · Retrying · Sleeping · Failed · Interrupted
     settle: publish what follows, confirmed; tell the event; ack
 """
 
@@ -15,25 +15,29 @@ import random
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final, TypeVar, assert_never
+from typing import Any, Final, TypeVar
 
-from brokertask.attempt import Attempt, Key, Performer
+from brokertask.attempt import Attempt, Key
 from brokertask.clock import Clock
-from brokertask.deadletter import bury, bury_raw
+from brokertask.continuation import continuation, early_ms, expired
+from brokertask.deadletter import bury_raw
 from brokertask.durations import readable
 from brokertask.envelope import Envelope, Message, derived_id
-from brokertask.errors import EnvelopeError, PublishError
-from brokertask.events import event_of
+from brokertask.errors import BrokertaskError, EnvelopeError, PublishError
+from brokertask.events import Event, event_of, progress_event
+from brokertask.keeper import Keeper
+from brokertask.lease import Lease
 from brokertask.outcome import (
+    Early,
     Expired,
     Failed,
     Interrupted,
     Outcome,
     Repeated,
     Retrying,
-    Sleeping,
     Succeeded,
 )
+from brokertask.performer import AttemptHost, Performer
 from brokertask.settings import Settings
 from brokertask.task import Task
 from brokertask.telemetry import Telemetry
@@ -59,6 +63,7 @@ class Executor:
         *,
         performer: Performer,
         concurrency: Mapping[str, int],
+        keeper: Keeper,
         transport: Transport,
         settings: Settings,
         telemetry: Telemetry,
@@ -66,6 +71,7 @@ class Executor:
         worker: str,
     ) -> None:
         self._performer = performer
+        self._keeper = keeper
         self._transport = transport
         self._settings = settings
         self._names = settings.names
@@ -74,47 +80,63 @@ class Executor:
         self._worker = worker
         self._slots = {task: asyncio.Semaphore(count) for task, count in concurrency.items()}
         self._running: set[Attempt] = set()
-        # Those of them that a second delivery of their message can join.
+        # Those of them that further messages of their run can join.
         self._attempts: dict[Key, Attempt] = {}
-        # What ended while the broker had taken its message back; and what was acked, as an ack
-        # that is lost with its connection brings the message back, too.
+        # What ended while the broker had taken its message back; and what was acked, by its
+        # sequence number, as an ack that is lost with its connection brings the message back, too.
         self._unsettled: OrderedDict[Key, tuple[Attempt, Outcome]] = OrderedDict()
-        self._settled: OrderedDict[Key, None] = OrderedDict()
+        self._settled: OrderedDict[Key, int] = OrderedDict()
         self._interrupting = False
+        self._draining = False
 
     async def execute(self, delivery: Delivery, task: Task[Any, Any]) -> None:
         """Do what `delivery` asks for, and settle it. Never raises for what a message holds."""
-        deliveries = [delivery]
+        lease = Lease(Envelope(run_id="", task=task.id, payload=b""), [delivery])
         try:
-            attempt = self._read(delivery, task)
-            deliveries = attempt.deliveries
-            await self._take(attempt)
+            await self._take(self._read(lease, task))
         except Exception:
             # A defect of ours. Kept, the message would hold a slot for as long as we live; given
             # back, it is tried elsewhere, and in the end the broker buries it.
             log.critical("an execution failed inside brokertask", exc_info=True)
             await asyncio.sleep(DEFECT_PAUSE)
-            for each in deliveries:
+            for each in lease.deliveries:
                 await each.requeue()
 
     async def _take(self, attempt: Attempt) -> None:
-        task, (delivery, *_) = attempt.task, attempt.deliveries
+        task, (delivery, *_) = attempt.task, attempt.lease.deliveries
         if attempt.unread is not None:
             log.error("a message for %s is no run: %s", task.id, attempt.unread)
             record = self._performer.record(attempt, attempt.unread)
             self._telemetry.buried(task.id, attempt.unread.reason)
             await self.settle(attempt, Failed(attempt.unread.reason, record))
-        elif delivery.redelivered and attempt.key in self._settled:
+            return
+        seq = attempt.envelope.seq
+        if (delivery.redelivered or seq) and seq <= self._settled.get(attempt.key, -1):
             await self.settle(attempt, Repeated())
-        elif (running := self._attempts.get(attempt.key)) is not None:
-            # Ours already: the lease was lost, or the message doubled. One attempt serves both.
-            running.deliveries.append(delivery)
-        else:
+        elif (running := self._attempts.get(attempt.key)) is None:
             await self._execute(attempt)
+        elif seq < running.envelope.seq:
+            # What follows it is confirmed: this is a copy from before.
+            await self.settle(attempt, Repeated())
+        elif seq == running.envelope.seq:
+            # Ours already: the lease was lost, or the message doubled. One attempt serves both.
+            running.lease.join(delivery)
+        else:
+            # It went on elsewhere while we had lost it.
+            running.supersede()
+            await running.over.wait()
+            await self._take(attempt)
 
     async def finish(self) -> None:
         """Let go of user code that nothing waits for any more."""
         await self._performer.finish()
+
+    def drain(self) -> None:
+        """Let no sleep keep its slot from now on."""
+        self._draining = True
+        for attempt in self._running:
+            if attempt.context is not None:
+                attempt.context.steps.drain()
 
     def interrupt(self) -> None:
         """Cancel every attempt that still runs; each is handed back, uncounted."""
@@ -122,19 +144,36 @@ class Executor:
         for attempt in self._running:
             attempt.interrupt()
 
-    def _read(self, delivery: Delivery, task: Task[Any, Any]) -> Attempt:
+    @property
+    def resting(self) -> int:
+        """How many runs only wait for time to pass."""
+        contexts = [attempt.context for attempt in self._running]
+        return sum(context is not None and context.steps.resting > 0 for context in contexts)
+
+    async def keep(self) -> None:
+        """Renew messages that are held for long, until cancelled."""
+        await self._keeper.renew(lambda: list(self._running))
+
+    def _read(self, lease: Lease, task: Task[Any, Any]) -> Attempt:
+        (delivery,) = lease.deliveries
         message = delivery.message
+        lease.since = asyncio.get_running_loop().time()
         try:
             envelope = Envelope.read(
-                message, task=task.id, max_bytes=self._settings.max_payload_bytes
+                message,
+                task=task.id,
+                max_bytes=self._settings.max_payload_bytes,
+                max_memory_bytes=self._settings.max_memory_bytes,
             )
         except EnvelopeError as error:
             run_id = message.message_id or derived_id(message, task.id)
-            envelope = Envelope(run_id=run_id, task=task.id, payload=b"")
-            return Attempt(task, envelope, [delivery], unread=error)
+            lease.envelope = replace(lease.envelope, run_id=run_id)
+            return Attempt(task, lease, unread=error)
         # A lost delivery was an attempt: whoever had it died with it, or lost the broker.
-        envelope = replace(envelope, attempt=envelope.attempt + delivery.lost)
-        return Attempt(task, envelope, [delivery], lost=delivery.lost)
+        # From 4.0 on RabbitMQ counts the loss of the inflight queue in the next one, too.
+        lost = max(delivery.lost, self._names.died_inflight(message.headers))
+        lease.envelope = replace(envelope, attempt=envelope.attempt + lost)
+        return Attempt(task, lease, lost=lost)
 
     async def _execute(self, attempt: Attempt) -> None:
         self._running.add(attempt)
@@ -144,19 +183,21 @@ class Executor:
             await self._end(attempt)
         finally:
             self._running.discard(attempt)
-            self._attempts.pop(attempt.key, None)
+            if self._attempts.get(attempt.key) is attempt:
+                del self._attempts[attempt.key]
+            attempt.over.set()
 
     async def _end(self, attempt: Attempt) -> None:
         """Bring an attempt to its end, or one that ended before to its settlement."""
-        before = self._unsettled.pop(attempt.key, None)
-        if before is None:
+        before, outcome = self._unsettled.pop(attempt.key, (None, None))
+        if before is None or outcome is None or before.envelope.seq < attempt.envelope.seq:
             outcome = await self._outcome(attempt)
         else:
             # The work was done while the broker had taken the message back: only settle it.
-            before[0].deliveries = attempt.deliveries
-            attempt, outcome = before
+            before.lease.deliveries, attempt.lease = attempt.lease.deliveries, before.lease
+            attempt = before
         settled = await self.settle(attempt, outcome)
-        if isinstance(outcome, Sleeping | Interrupted):
+        if isinstance(outcome, Early | Interrupted | Repeated):
             return  # Nothing was done, so there is nothing to remember.
         if not settled:
             log.warning(
@@ -164,24 +205,29 @@ class Executor:
                 attempt.envelope.run_id,
                 attempt.task.id,
             )
-            # For its settlement alone, so without what its code may still hold on to.
-            attempt.user = attempt.context = attempt.left = None
-            size = len(attempt.envelope.payload)
-            size += len(outcome.result) if isinstance(outcome, Succeeded) else 0
-            if size <= KEPT_BYTES:
-                _keep(self._unsettled, attempt.key, (attempt, outcome))
+            self._remember_unsettled(attempt, outcome)
         elif not attempt.envelope.id_derived:
-            _keep(self._settled, attempt.key, None)
+            _keep(self._settled, attempt.key, max(attempt.envelope.seq, attempt.lease.seq))
+
+    def _remember_unsettled(self, attempt: Attempt, outcome: Outcome) -> None:
+        # For its settlement alone, so without what its code may still hold on to.
+        attempt.lease.envelope = attempt.now
+        attempt.user = attempt.context = attempt.left = None
+        size = len(attempt.envelope.payload) + attempt.envelope.memory.size
+        size += len(outcome.result) if isinstance(outcome, Succeeded) else 0
+        if size <= KEPT_BYTES:
+            _keep(self._unsettled, attempt.key, (attempt, outcome))
 
     async def _outcome(self, attempt: Attempt) -> Outcome:
-        envelope = attempt.envelope
-        if (early := _early_ms(envelope, self._clock.now_ms())) > IN_PLACE_MS:
-            return Sleeping(early / 1000)
+        if (early := early_ms(attempt.envelope, self._clock.now_ms())) > IN_PLACE_MS:
+            return Early(early / 1000)
         if early > 0:
             await self._clock.sleep(early / 1000)
         async with self._slots[attempt.task.id]:
             # A delivery that was taken back while it waited for a slot comes again, to somebody.
-            if self._interrupting or not attempt.live:
+            if attempt.superseded:
+                return Repeated()
+            if self._interrupting or not attempt.lease.live:
                 return Interrupted()
             self._telemetry.active(attempt.task.id, 1)
             try:
@@ -194,75 +240,65 @@ class Executor:
         envelope, retry = attempt.envelope, attempt.task.options.retry
         now = self._clock.now_ms()
         with self._telemetry.attempt(
-            replace(envelope, attempt=envelope.attempt - attempt.lost),
-            attempt=envelope.attempt,
+            envelope,
+            lost=attempt.lost,
             max_attempts=retry.max_attempts,
             queue=self._names.queue(attempt.task.id),
             worker=self._worker,
             now_ms=now,
         ) as span:
-            attempt.traceparent = span.traceparent
+            attempt.span = span
             outcome: Outcome
-            if _expired(envelope, now):
+            if expired(envelope, now):
                 outcome = Expired()
             elif envelope.attempt > retry.max_attempts:
                 outcome = await self._performer.give_up(attempt, "crashed", _crashed(envelope))
             else:
-                outcome = await self._performer.perform(attempt, span)
+                host = AttemptHost(attempt, self._keeper.save, self._report)
+                outcome = await self._performer.perform(attempt, host, hurry=self._draining)
+                await host.finish()
             span.end(outcome, at_ms=self._clock.now_ms())
             return outcome
 
+    async def _report(self, attempt: Attempt, done: float | None, total: float | None) -> None:
+        """Publish how far a run is; it is only news, so one try will do."""
+        event = progress_event(
+            attempt.now, done, total, at_ms=self._clock.now_ms(), worker=self._worker
+        )
+        timeout, route = self._settings.publish_timeout, self._event_route(attempt, event)
+        try:
+            await self._transport.publish(route, event.message(), timeout=timeout, mandatory=False)
+        except BrokertaskError as error:
+            log.debug("progress of run %s is lost: %s", event.run_id, error)
+
     async def settle(self, attempt: Attempt, outcome: Outcome) -> bool:
-        """Tell the broker what an attempt came to. Nothing else in brokertask acks a delivery.
+        """Tell the broker what an attempt came to. Every run ends its time in this worker here.
 
         Order: what follows is on the broker's disk before the delivery is acked. A crash between
         the two makes the message double, never lost. Returns False if the broker has taken every
         delivery back; called again with one that comes later, it goes on where it ended.
         """
-        now = self._clock.now_ms()
-        if not attempt.followed:
-            _log(attempt, outcome)
-            follows = self._follows(attempt, outcome, now)
-            if follows is not None and not await self._publish_surely(attempt, *follows):
-                return False
-            attempt.followed = True
-        attempt.told = attempt.told or await self._tell(attempt, outcome, now)
-        live = attempt.live
-        for delivery in attempt.deliveries:
-            await delivery.ack()
-        return live
+        attempt.lease.ending = True
+        async with attempt.lease.moving:
+            now = self._clock.now_ms()
+            if not attempt.followed:
+                _log(attempt, outcome)
+                follows = self._follows(attempt, outcome, now)
+                if follows is not None and not await self._publish_surely(attempt, *follows):
+                    return False
+                attempt.followed = True
+            attempt.told = attempt.told or await self._tell(attempt, outcome, now)
+            live = attempt.lease.live
+            await attempt.lease.ack()
+            return live
 
     def _follows(
         self, attempt: Attempt, outcome: Outcome, now: int
     ) -> tuple[Route, Message] | None:
-        """Return what is published in place of the message that `outcome` settles, and where to."""
-        envelope = attempt.envelope
-        match outcome:
-            case Succeeded() | Expired() | Repeated():
-                return None
-            case Retrying(delay=delay, error=error):
-                memory = envelope.memory.with_error(error)
-                again = envelope.again(attempt=envelope.attempt + 1, now_ms=now, memory=memory)
-                again = replace(again, previous=attempt.traceparent)
-                return self._delayed(again, round(delay * 1000), now + round(delay * 1000))
-            case Sleeping(delay=delay):
-                return self._delayed(envelope, round(delay * 1000), envelope.due_ms)
-            case Failed():
-                return self._names.dead_route(attempt.task.id), _dead(attempt, outcome, now)
-            case Interrupted():
-                back = envelope.again(attempt=envelope.attempt, now_ms=now)
-                return self._names.resume_route(attempt.task.id), back.message()
-            case _ as unreachable:
-                assert_never(unreachable)
-
-    def _delayed(
-        self, envelope: Envelope, delay_ms: int, due_ms: int | None
-    ) -> tuple[Route, Message]:
-        """Return route and message for the delay ladder."""
-        if delay_ms <= IN_PLACE_MS:
-            return self._names.resume_route(envelope.task), envelope.message()
-        route, left = self._names.delay_route(envelope.task, delay_ms)
-        return route, replace(envelope, due_ms=due_ms, left_ms=left).message()
+        if attempt.unread is not None and isinstance(outcome, Failed):
+            message, task = attempt.lease.deliveries[0].message, attempt.task.id
+            return self._names.dead_route(task), bury_raw(message, outcome, task=task, now_ms=now)
+        return continuation(self._names, attempt.now, outcome, now_ms=now)
 
     async def _publish_surely(self, attempt: Attempt, route: Route, message: Message) -> bool:
         """Publish until it is confirmed; False if the delivery was taken back instead.
@@ -271,9 +307,9 @@ class Executor:
         nothing is lost if we die here.
         """
         pause = 0.2
-        while attempt.live:
+        while attempt.lease.live:
             try:
-                with self._telemetry.send(route, trace=attempt.envelope.trace):
+                with self._telemetry.send(route, trace=attempt.now.trace):
                     await self._transport.publish(
                         route, message, timeout=self._settings.publish_timeout
                     )
@@ -291,14 +327,13 @@ class Executor:
 
         Tries for the time of one publish: whoever listens must not hold up the run.
         """
-        event = event_of(outcome, attempt.envelope, at_ms=now, worker=self._worker)
+        event = event_of(outcome, attempt.now, at_ms=now, worker=self._worker)
         if event is None:
             return True
-        reply_to = attempt.envelope.reply_to
-        route = self._names.event_route(event.event, event.task, reply_to=reply_to)
+        route = self._event_route(attempt, event)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.publish_timeout
-        while attempt.live:
+        while attempt.lease.live:
             try:
                 await self._transport.publish(
                     route, event.message(), timeout=deadline - loop.time(), mandatory=False
@@ -313,6 +348,10 @@ class Executor:
             else:
                 return True
         return False
+
+    def _event_route(self, attempt: Attempt, event: Event) -> Route:
+        reply_to = attempt.envelope.reply_to
+        return self._names.event_route(event.event, event.task, reply_to=reply_to)
 
 
 def _keep(kept: OrderedDict[Key, T], key: Key, value: T) -> None:
@@ -337,27 +376,6 @@ def _log(attempt: Attempt, outcome: Outcome) -> None:
             )
         case _:
             log.debug("run %s of %s: %s", run_id, task, type(outcome).__name__.lower())
-
-
-def _dead(attempt: Attempt, failed: Failed, now: int) -> Message:
-    if attempt.unread is not None:
-        message = attempt.deliveries[0].message
-        return bury_raw(message, failed, task=attempt.task.id, now_ms=now)
-    return bury(replace(attempt.envelope, previous=attempt.traceparent), failed, now_ms=now)
-
-
-def _early_ms(envelope: Envelope, now: int) -> int:
-    """Return how many ms too early a delayed message is.
-
-    What was left when it was sent bounds it, so that a publisher whose clock is wrong delays no
-    longer than it asked for.
-    """
-    return 0 if envelope.due_ms is None else min(envelope.left_ms, envelope.due_ms - now)
-
-
-def _expired(envelope: Envelope, now: int) -> bool:
-    """Whether it comes too late to start; a run that is retried was started in time."""
-    return envelope.expires_ms is not None and now > envelope.expires_ms and envelope.attempt == 1
 
 
 def _crashed(envelope: Envelope) -> Exception:

@@ -8,8 +8,14 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 from brokertask.durations import readable
-from brokertask.settings import Settings
-from brokertask.topology import LONGEST_RUNG_MS, UNLIMITED_DELIVERIES, Argument, Queue, Topology
+from brokertask.topology import (
+    LONGEST_RUNG_MS,
+    UNLIMITED_DELIVERIES,
+    Argument,
+    Names,
+    Queue,
+    Topology,
+)
 
 Level: TypeAlias = Literal["error", "warning", "note"]
 LEVELS: Final[tuple[Level, ...]] = ("error", "warning", "note")
@@ -30,57 +36,20 @@ class Limits:
     """What the rules need to know of a task."""
 
     task: str
-    timeout: float | None
     longest_delay: float
     """The longest delay its retries may take, in seconds."""
     bounded: bool
     """It has a `max_length`, and so an intake queue."""
 
 
-def lint(topology: Topology, tasks: Sequence[Limits], settings: Settings) -> list[Finding]:
+def lint(topology: Topology, tasks: Sequence[Limits], names: Names) -> list[Finding]:
     """Return what breaks a rule, the errors first."""
-    found = [
+    return [
         *_dangling(topology),
         *(finding for queue in topology.queues for rule in _RULES for finding in rule(queue)),
-        *_limited_delay_targets(topology, settings.names.resume),
-        *held_too_long(tasks, settings.consumer_timeout),
+        *_limited_delay_targets(topology, names.resume),
         *_long_delays(tasks),
     ]
-    return sorted(found, key=lambda finding: LEVELS.index(finding.level))
-
-
-def held_too_long(tasks: Sequence[Limits], consumer_timeout: float) -> Iterator[Finding]:
-    """Find tasks that may hold a message for longer than the broker lets anybody."""
-    limit = readable(consumer_timeout)
-    timeless = [one.task for one in tasks if one.timeout is None]
-    for one in tasks:
-        timeout = one.timeout or 0
-        # Two queues feed the slots of a bounded task, so a delivery may wait for another to end.
-        held = timeout * 2 if one.bounded else timeout
-        if held >= consumer_timeout:
-            yield Finding(
-                "error" if timeout >= consumer_timeout else "warning",
-                one.task,
-                f"it may hold a message for {readable(held)}; the broker takes it back after "
-                f"{limit}, and the run starts a second time",
-                _longer(held),
-            )
-    if timeless:
-        yield Finding(
-            "note",
-            ", ".join(timeless),
-            f"no timeout: an attempt of more than {limit} is started a second time",
-            "give it a timeout",
-        )
-
-
-def _longer(held: float) -> str:
-    whole = round(held) + 300
-    return (
-        f"set `consumer_timeout = {whole * 1000}` in rabbitmq.conf (from RabbitMQ 3.12 a policy "
-        f"with consumer-timeout {whole * 1000} does as well) and BROKERTASK_CONSUMER_TIMEOUT="
-        f"{whole} here; or split the task into shorter ones"
-    )
 
 
 def _long_delays(tasks: Sequence[Limits]) -> Iterator[Finding]:

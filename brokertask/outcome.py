@@ -1,14 +1,15 @@
 """What a delivery came to: a closed set of values, each settled in its way by `executor.settle`.
 
-| outcome        | settled by                                                            |
-| -------------- | --------------------------------------------------------------------- |
-| Succeeded      | event, ack                                                            |
-| Expired        | event, ack                                                            |
-| Retrying       | publish the next attempt to the delay ladder, confirmed; event, ack   |
-| Sleeping       | publish the message to the delay ladder, confirmed; ack               |
-| Failed         | publish to the dead-letter exchange, confirmed; event, ack            |
-| Interrupted    | publish the message back to its queue, confirmed; ack: not counted    |
-| Repeated       | ack                                                                   |
+| outcome        | settled by                                                              |
+| -------------- | ----------------------------------------------------------------------- |
+| Succeeded      | event, ack                                                              |
+| Expired        | event, ack                                                              |
+| Retrying       | publish the next attempt to the delay ladder, confirmed; event, ack     |
+| Early          | publish the message to the delay ladder, confirmed; ack                 |
+| Sleeping       | publish the run, as far as it is, to the ladder, confirmed; event, ack  |
+| Failed         | publish to the dead-letter exchange, confirmed; event, ack              |
+| Interrupted    | publish the message back to its queue, confirmed; ack: not counted      |
+| Repeated       | ack                                                                     |
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
+from brokertask.claim import Claim
 from brokertask.errors import Reason
 from brokertask.values import LAST_INSTANT_MS
 
@@ -53,9 +55,11 @@ class AttemptError:
 
 @dataclass(frozen=True, slots=True)
 class Succeeded:
-    """The task returned; `result` is already in msgpack."""
+    """The task returned."""
 
     result: bytes
+    """In msgpack; nothing if a claim stands for it."""
+    claim: Claim | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +76,15 @@ class Retrying:
 
 
 @dataclass(frozen=True, slots=True)
+class Early:
+    """The message is not due for `delay` more seconds; nothing has run."""
+
+    delay: float
+
+
+@dataclass(frozen=True, slots=True)
 class Sleeping:
-    """The run is not due for `delay` more seconds; nothing has run."""
+    """The task asked to sleep: it goes on after `delay` seconds, behind its finished steps."""
 
     delay: float
 
@@ -96,4 +107,6 @@ class Repeated:
     """The run was settled before, but the ack was lost with its connection."""
 
 
-Outcome: TypeAlias = Succeeded | Expired | Retrying | Sleeping | Failed | Interrupted | Repeated
+Outcome: TypeAlias = (
+    Succeeded | Expired | Retrying | Early | Sleeping | Failed | Interrupted | Repeated
+)

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from brokertask.durations import Duration, seconds
-from brokertask.errors import Abort, InvalidOption, Reason, RetryAfter
+from brokertask.errors import (
+    Abort,
+    ConfigurationError,
+    InvalidOption,
+    PayloadUnavailable,
+    Reason,
+    RetryAfter,
+)
 
 MAX_ATTEMPTS_LIMIT: Final = 1_000
 Errors = type[BaseException] | Sequence[type[BaseException]]
@@ -43,7 +50,7 @@ class Retry:
     max_delay: Duration = 60.0
     jitter: bool = True
     on: Errors = Exception
-    """Retry only these."""
+    """Retry only these; and `PayloadUnavailable`, which is not the task's own failure."""
     never_on: Errors = field(default=())
     """Do not retry these, even when `on` names them."""
 
@@ -66,16 +73,19 @@ class Retry:
         """Return what follows after attempt number `attempt` (1-based) raised `error`."""
         if isinstance(error, Abort):
             return RetryDecision(None, "aborted")
-        if not isinstance(error, RetryAfter) and (
-            isinstance(error, _classes("never_on", self.never_on))
-            or not isinstance(error, _classes("on", self.on))
-        ):
+        if not isinstance(error, RetryAfter) and not self._retries(error):
             return RetryDecision(None, "never_retried")
         if attempt >= self.max_attempts:
             return RetryDecision(None, "max_attempts")
         if isinstance(error, RetryAfter):
             return RetryDecision(error.delay)
         return RetryDecision(self.backoff(attempt) * (random.uniform(0.5, 1) if self.jitter else 1))
+
+    def _retries(self, error: BaseException) -> bool:
+        # The code or the settings have to change first.
+        never = (*_classes("never_on", self.never_on), ConfigurationError)
+        wanted = (*_classes("on", self.on), PayloadUnavailable)
+        return isinstance(error, wanted) and not isinstance(error, never)
 
     def backoff(self, attempt: int) -> float:
         """Return the seconds to wait after attempt `attempt`, before jitter.

@@ -15,6 +15,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from pydantic import TypeAdapter
 
+from brokertask.claims import Claims
 from brokertask.durations import Duration, readable, seconds
 from brokertask.envelope import Message
 from brokertask.errors import (
@@ -23,8 +24,10 @@ from brokertask.errors import (
     ConfigurationError,
     EnvelopeError,
     InvalidPayload,
+    PayloadUnavailable,
     ResultTimeout,
     ResultUnavailable,
+    RunError,
     RunExpired,
     RunFailed,
 )
@@ -81,8 +84,10 @@ class Run(Generic[R]):
         Raises:
             RunFailed: The run is in the dead-letter queue; `reason` and `error` say why.
             RunExpired: It was not started in time.
-            ResultTimeout: Nothing was heard in time. The run goes on; ask again.
-            ResultUnavailable: This client does not listen for results, or expects another type.
+            ResultTimeout: Nothing was heard in time, and the run goes on; or the payload store was
+                too slow. Ask again.
+            ResultUnavailable: This client does not listen for results, expects another type, or
+                cannot fetch it from the payload store.
         """
         if (why := self._session.deaf) is not None:
             raise ResultUnavailable(why, run_id=self.run_id, task=self.task)
@@ -93,14 +98,15 @@ class Run(Generic[R]):
         try:
             async with asyncio.timeout(limit):
                 await self._hearing.ended.wait()
+                return self._typed(await self._fetched(self._hearing.heard[-1]))
         except TimeoutError:
+            rest = "its payload store is slow" if self._hearing.ended.is_set() else "it goes on"
             raise ResultTimeout(
                 f"no result of run {self.run_id} of {self.task!r} within {readable(limit or 0)}; "
-                "it goes on",
+                f"{rest}",
                 run_id=self.run_id,
                 task=self.task,
             ) from None
-        return self._read(self._hearing.heard[-1])
 
     def result_sync(self, *, timeout: Duration | None = None) -> R:
         """Return the result to a thread, whichever thread or event loop triggered the run."""
@@ -115,17 +121,31 @@ class Run(Generic[R]):
         """
         self._hearing.watch(watcher)
 
-    def _read(self, event: Event) -> R:
-        if event.event == COMPLETED:
-            return self._typed(event.result or b"\xc0")
+    async def _fetched(self, event: Event) -> bytes:
+        """Return the result in msgpack that the last event of the run tells of."""
+        if event.event != COMPLETED:
+            raise self._failure(event)
+        if event.claim is None:
+            return event.result or b"\xc0"
+        try:
+            return await self._session.claims.get(event.claim)
+        except PayloadUnavailable as error:
+            raise ResultUnavailable(
+                f"run {self.run_id} of {self.task!r} completed, but its result cannot be fetched: "
+                f"{error}",
+                run_id=self.run_id,
+                task=self.task,
+            ) from error
+
+    def _failure(self, event: Event) -> RunError:
         if event.event == EXPIRED:
-            raise RunExpired(
+            return RunExpired(
                 f"run {self.run_id} of {self.task!r} was not started before it expired",
                 run_id=self.run_id,
                 task=self.task,
             )
         error = event.error
-        raise RunFailed(
+        return RunFailed(
             f"run {self.run_id} of {self.task!r} is in the dead-letter queue ({event.reason})"
             + (f": {error.type}: {error.message}" if error else ""),
             run_id=self.run_id,
@@ -182,8 +202,9 @@ def _tell(watcher: Callable[[Event], None], event: Event) -> None:
 class Session:
     """What a client has in one event loop: a transport, and the runs it waits for."""
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, claims: Claims) -> None:
         self.transport = transport
+        self.claims = claims
         self.loop = asyncio.get_running_loop()
         self.reply_key: str | None = None
         self.deaf: str | None = "this client does not listen for results"

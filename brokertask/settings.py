@@ -12,7 +12,8 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from brokertask.durations import seconds
-from brokertask.errors import InvalidOption
+from brokertask.errors import ConfigurationError, InvalidOption
+from brokertask.payloads import check_url
 from brokertask.topology import Names
 
 DEFAULT_URL: Final = "amqp://guest:guest@127.0.0.1:5672/"
@@ -26,6 +27,13 @@ def _known_scheme(url: str | None) -> str | None:
         # Whatever it is, there may be a password in it.
         raise ValueError(f"begins with {', '.join(_SCHEMES)}, or is not set")
     return url
+
+
+def _store(url: str | None) -> str | None:
+    try:
+        return url if url is None else check_url(url)
+    except ConfigurationError as error:
+        raise ValueError(str(error)) from None
 
 
 def mask(url: str) -> str:
@@ -74,14 +82,24 @@ class Settings(BaseSettings):
     publish_timeout: Seconds = 30.0
     """How long a publish may take before `PublishUnknown` or `BrokerBlocked`."""
     max_payload_bytes: int = Field(default=1_048_576, ge=1_024, le=16_777_216)
-    """The largest payload or result, in msgpack; 16 MiB is RabbitMQ's own limit."""
+    """The largest payload or result in a message, in msgpack; 16 MiB is RabbitMQ's own limit."""
+    max_memory_bytes: int = Field(default=1_048_576, ge=1_024, le=8_388_608)
+    """What a run may remember: the results of its finished steps and its metadata, in msgpack.
+    All of it is written again with each checkpoint."""
+    payload_store: Annotated[str | None, AfterValidator(_store)] = None
+    """Where payloads and results go that are too large for a message: `file:///absolute/folder`
+    or `s3://bucket/prefix`, the same for publishers and workers."""
+    claim_above_bytes: int = Field(default=65_536, ge=1_024, le=16_777_216)
+    """With a payload store: what is larger than this, in msgpack, leaves its message as a claim;
+    so does what is over `max_payload_bytes`."""
     grace: Seconds = 60.0
     """How long a worker told to stop lets its runs finish before it hands them back."""
     results: bool = True
     """Listen for results, so that `Run.result()` works. False for services that only trigger
     and whose broker user may not declare a reply queue."""
     consumer_timeout: Seconds = 1_800.0
-    """The broker's consumer timeout as configured there, for `topology check` to compare."""
+    """The broker's consumer timeout as configured there. A message held for a third of it is
+    renewed, so that a run may last longer."""
     thread_limit: int = Field(default=40, ge=1, le=1_000)
     """Threads a worker process uses for tasks that are sync functions, all tasks together."""
 

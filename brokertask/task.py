@@ -11,6 +11,8 @@ from typing import (
     Any,
     Final,
     Generic,
+    Literal,
+    TypeAlias,
     TypedDict,
     TypeVar,
     Unpack,
@@ -20,9 +22,8 @@ from typing import (
     overload,
 )
 
-import anyio.to_thread
-from pydantic import PydanticUserError, TypeAdapter
-from pydantic.errors import PydanticSchemaGenerationError
+import anyio
+from pydantic import TypeAdapter
 
 from brokertask import typed
 from brokertask.client import Client, TriggerOptions
@@ -34,6 +35,7 @@ from brokertask.errors import (
     InvalidPayload,
     UnsupportedType,
 )
+from brokertask.functions import adapter, call, is_async
 from brokertask.retry import Retry
 from brokertask.run import Run
 from brokertask.topology import QueueOptions, TaskQueue, check_task_id
@@ -43,6 +45,7 @@ R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_CONCURRENCY: Final = 10
+Checkpoint: TypeAlias = Literal["step", "retry"]
 CallNext = Callable[[Context], Awaitable[Any]]
 Middleware = Callable[[Context, CallNext], Awaitable[Any]]
 """`async (context, call_next) -> result`: wraps the call of a task, the outermost first."""
@@ -61,6 +64,9 @@ class TaskOptions(TypedDict, total=False):
     """How long one attempt may take before it is cancelled and fails; none by default."""
     queue: QueueOptions
     """Limits of its queue."""
+    checkpoint: Checkpoint
+    """When finished steps are on the broker's disk: `step` (the default), before the next begins;
+    `retry`, when the attempt ends, so that a crash forgets those of its attempt."""
     middleware: Sequence[Middleware]
     """Wrapped around this task only, inside the app's."""
 
@@ -73,6 +79,7 @@ class Options:
     concurrency: int
     timeout: float | None
     queue: QueueOptions
+    checkpoint: Checkpoint
     middleware: tuple[Middleware, ...]
 
 
@@ -100,6 +107,8 @@ class Task(Generic[P, R]):
         self.success_hooks: list[Callable[[Context, R], Awaitable[None]]] = []
         self.failure_hooks: list[Callable[[Context, BaseException], Awaitable[None]]] = []
         self.__doc__ = function.__doc__
+        # As a step it is known by its function's name and types.
+        self.__wrapped__ = function
 
     def __repr__(self) -> str:
         return f"<Task {self.id} at {self.where}>"
@@ -172,6 +181,11 @@ class Task(Generic[P, R]):
         return hook
 
     @property
+    def checkpoints(self) -> bool:
+        """Whether its runs may have steps that are saved one by one."""
+        return self._context_name is not None and self.options.checkpoint == "step"
+
+    @property
     def queue(self) -> TaskQueue:
         """What the topology needs to know of it."""
         return TaskQueue(self.id, self.options.queue)
@@ -204,13 +218,7 @@ class Task(Generic[P, R]):
             arguments[self._payload_name] = payload
         if self._context_name is not None:
             arguments[self._context_name] = context
-        if self.is_async:
-            return await self.function(**arguments)
-        result = await anyio.to_thread.run_sync(
-            lambda: self.function(**arguments), limiter=threads, abandon_on_cancel=True
-        )
-        # A plain wrapper around an async function looks like a sync one until it is called.
-        return await result if inspect.isawaitable(result) else result
+        return await call(partial(self.function, **arguments), threads=threads)
 
 
 class TaskDecorator:
@@ -312,20 +320,9 @@ class _Signature:
         return _Signature(
             payload_name,
             context_name,
-            _adapter(payload, f"{where}: the payload"),
-            _adapter(hints.get("return", Any), f"{where}: the result"),
+            adapter(payload, f"{where}: the payload"),
+            adapter(hints.get("return", Any), f"{where}: the result"),
         )
-
-
-def _adapter(annotation: Any, what: str) -> TypeAdapter[Any]:
-    try:
-        return TypeAdapter(annotation)
-    except (PydanticSchemaGenerationError, PydanticUserError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UnsupportedType(
-            f"{what} has a type that cannot cross the wire: {reason} "
-            "Use types pydantic knows: models, dataclasses, TypedDicts, builtins"
-        ) from None
 
 
 def _checked(given: TaskOptions) -> Options:
@@ -342,11 +339,15 @@ def _checked(given: TaskOptions) -> Options:
     timeout = given.get("timeout")
     if timeout is not None and seconds(timeout) == 0:
         raise InvalidOption("a timeout is more than 0; leave it out for none")
+    checkpoint = given.get("checkpoint", "step")
+    if checkpoint not in get_args(Checkpoint):
+        raise InvalidOption(f"checkpoint is 'step' or 'retry', not {checkpoint!r}")
     return Options(
         retry=retry,
         concurrency=concurrency,
         timeout=None if timeout is None else seconds(timeout),
         queue=queue,
+        checkpoint=checkpoint,
         middleware=tuple(
             check_async(middleware, "a middleware") for middleware in given.get("middleware", ())
         ),
@@ -355,15 +356,9 @@ def _checked(given: TaskOptions) -> Options:
 
 def check_async(function: F, what: str) -> F:
     """Return a function that is awaited later, or raise `InvalidOption` now."""
-    if not _is_async(function):
+    if not is_async(function):
         raise InvalidOption(f"{what} is an async function, not {function!r}")
     return function
-
-
-def _is_async(function: Callable[..., Any]) -> bool:
-    plain = inspect.isroutine(function) or isinstance(function, partial)
-    call = function if plain else type(function).__call__
-    return inspect.iscoroutinefunction(inspect.unwrap(call))
 
 
 def _check_names(where: str, given: Any, allowed: type) -> None:

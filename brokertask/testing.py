@@ -24,12 +24,13 @@ from types import TracebackType
 from typing import Any, Final, Literal, TypeAlias
 
 from brokertask.app import App
+from brokertask.claim import Claim
 from brokertask.clock import VirtualClock
 from brokertask.deadletter import DeadLetter
 from brokertask.durations import Duration, readable, seconds
 from brokertask.envelope import Message
 from brokertask.errors import BrokertaskError, ConfigurationError
-from brokertask.events import COMPLETED, EXPIRED, FAILED, RETRYING, Event
+from brokertask.events import COMPLETED, EXPIRED, FAILED, PROGRESS, RETRYING, SLEEPING, Event
 from brokertask.outcome import AttemptError
 from brokertask.run import Run
 from brokertask.topology import IN_PLACE_MS, Binding, Queue
@@ -38,9 +39,11 @@ from brokertask.values import MSGPACK, decode
 
 __all__ = ["DrainTimeout", "Harness", "RunRecord"]
 
-Status: TypeAlias = Literal["retrying", "completed", "failed", "expired"]
+Status: TypeAlias = Literal["running", "retrying", "sleeping", "completed", "failed", "expired"]
 _STATUS: Final[Mapping[str, Status]] = {
+    PROGRESS: "running",
     RETRYING: "retrying",
+    SLEEPING: "sleeping",
     COMPLETED: "completed",
     FAILED: "failed",
     EXPIRED: "expired",
@@ -67,7 +70,9 @@ class RunRecord:
     reason: str | None = None
     errors: list[AttemptError] = field(default_factory=list)
     delays: list[float] = field(default_factory=list)
-    """The seconds between its attempts."""
+    """The seconds between its attempts, and those it slept."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    progress: tuple[float, float | None] | None = None
 
 
 class Harness:
@@ -90,6 +95,7 @@ class Harness:
         self.clock = VirtualClock()
         self.broker = MemoryBroker(self.clock)
         self.runs: dict[str, RunRecord] = {}
+        self._claims: list[tuple[RunRecord, Claim]] = []
         self._tasks = tasks
         self._concurrency = concurrency
         self._resources = AsyncExitStack()
@@ -164,7 +170,7 @@ class Harness:
         while True:
             await self._settle()
             due = self.clock.next_ms()
-            busy = self._worker.busy > 0
+            busy = self._worker.busy > self._worker.resting
             if due is not None and (end_ms is None or due <= end_ms):
                 # A run that waits out the last milliseconds of its delay counts as busy.
                 if not busy or due <= self.clock.now_ms() + IN_PLACE_MS:
@@ -180,12 +186,15 @@ class Harness:
             await asyncio.sleep(_PATIENCE)
         if end_ms is not None:
             self.clock.advance_to(end_ms)
+        while self._claims:
+            record, claim = self._claims.pop()
+            record.result = decode(await self.app.client.claims.get(claim), MSGPACK)
 
     async def _settle(self) -> None:
         """Let the event loop turn until nothing moves by itself."""
         for _ in range(_TURNS):
             await asyncio.sleep(0)
-            if self._worker.busy:
+            if self._worker.busy > self._worker.resting:
                 await asyncio.sleep(_PATIENCE / 10)
 
     def _hear(self, message: Message) -> None:
@@ -198,7 +207,13 @@ class Harness:
         record.reason = event.reason
         if event.error is not None:
             record.errors.append(event.error)
+        if event.metadata is not None:
+            record.metadata = dict(event.metadata)
+        if event.event == PROGRESS and event.done is not None:
+            record.progress = (event.done, event.total)
         if event.delay_ms is not None:
             record.delays.append(event.delay_ms / 1000)
         if event.result is not None:
             record.result = decode(event.result, MSGPACK)
+        if event.claim is not None:
+            self._claims.append((record, event.claim))

@@ -6,6 +6,7 @@
                                                       │                   └─► bt.q.<task>
                                                       └─► bt.dead ──► bt.dead.<task>
     bt.resume's unroutable ──► bt.unrouted                worker ──► bt.events (topic)
+    worker ──► bt.inflight ──► bt.inflight.<worker> ──► the same worker; if it dies ──► bt.resume
 
 Nothing here talks to a broker; `transport.*` declares it, `drift` compares it.
 """
@@ -38,6 +39,11 @@ SHORTEST_RUNG_MS: Final = 10
 LONGEST_RUNG_MS: Final = 86_400_000
 IN_PLACE_MS: Final = 20
 """What is left of a delay, at most, when a worker waits it out instead of sending it round."""
+
+INFLIGHT_TTL_MS: Final = 100
+"""How long a checkpoint waits for its own worker before it goes back to the task's queue."""
+INFLIGHT_EXPIRES_MS: Final = 3_600_000
+"""A dead worker's queue goes, long after its messages have gone."""
 
 _TASK_ID: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,126}")
 
@@ -161,6 +167,19 @@ class Names:
         """The topic exchange of events."""
         return f"{self.namespace}.events"
 
+    @property
+    def inflight(self) -> str:
+        """The exchange of checkpoints, and what the names of workers' own queues begin with."""
+        return f"{self.namespace}.inflight"
+
+    def died_inflight(self, headers: Mapping[str, object]) -> int:
+        """Return 1 if a message came back from the inflight queue of a worker that died, else 0."""
+        match headers.get("x-death"):
+            case [{"queue": str(queue)}, *_]:
+                return int(queue.startswith(f"{self.inflight}."))
+            case _:
+                return 0
+
     def queue(self, task: str) -> str:
         """The queue a task's workers consume."""
         return f"{self.namespace}.q.{task}"
@@ -192,6 +211,10 @@ class Names:
     def dead_route(self, task: str) -> Route:
         """Where a dead run goes."""
         return Route(self.dead, task)
+
+    def inflight_route(self, task: str, queue: str) -> Route:
+        """Where a checkpoint goes; if its worker dies, it comes back under its task."""
+        return Route(self.inflight, task, (queue,))
 
     def event_route(self, event: str, task: str, *, reply_to: str | None = None) -> Route:
         """Where an event goes: to whoever listens, and to the caller that waits for the run."""
@@ -247,6 +270,7 @@ def topology(names: Names, tasks: Iterable[TaskQueue] = ()) -> Topology:
         Exchange(names.unrouted, "fanout"),
         Exchange(names.dead, "direct", {"alternate-exchange": names.unrouted}),
         Exchange(names.events, "topic"),
+        Exchange(names.inflight, "direct"),
     ]
     queues = [_kept(names.unrouted)]
     bindings = [Binding(names.unrouted, names.unrouted, "")]
@@ -265,6 +289,17 @@ def topology(names: Names, tasks: Iterable[TaskQueue] = ()) -> Topology:
         bindings += bound
         absent += unbound
     return Topology(tuple(exchanges), tuple(queues), tuple(bindings), tuple(absent))
+
+
+def inflight(names: Names, queue: str) -> Topology:
+    """Return what one worker needs for its checkpoints, beside the shared exchanges."""
+    arguments: dict[str, Argument] = {
+        "x-message-ttl": INFLIGHT_TTL_MS,
+        "x-expires": INFLIGHT_EXPIRES_MS,
+        "x-dead-letter-exchange": names.resume,
+        "x-delivery-limit": DELIVERY_LIMIT,
+    }
+    return Topology((), (_quorum(queue, **arguments),), (Binding(names.inflight, queue, queue),))
 
 
 def _task(names: Names, task: TaskQueue) -> tuple[list[Queue], list[Binding], list[Binding]]:

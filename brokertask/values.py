@@ -31,6 +31,11 @@ _MSGPACK_TYPES: Final = (MSGPACK, "application/x-msgpack", "application/vnd.msgp
 _NOT_CONTAINERS: Final = bytes(set(range(256)) - {*range(0x80, 0xA0), *range(0xDC, 0xE0), *b"[{"})
 
 
+def kind_of(content_type: str) -> str:
+    """Return a content type in lower case and without parameters."""
+    return content_type.partition(";")[0].strip().lower()
+
+
 def clip(text: str, limit: int = MAX_TEXT) -> str:
     """Return `text` cut in its middle to at most `limit` characters."""
     if len(text) <= limit:
@@ -76,7 +81,7 @@ def decode(body: bytes, content_type: str) -> Any:
     Raises:
         EnvelopeError: reason `undecodable` or `too_deep`.
     """
-    kind = content_type.partition(";")[0].strip().lower()
+    kind = kind_of(content_type)
     try:
         if kind in _MSGPACK_TYPES:
             value = _unpack(body)

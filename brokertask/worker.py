@@ -18,14 +18,17 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final
 
-from brokertask.attempt import Performer
 from brokertask.clock import Clock
 from brokertask.executor import Executor
+from brokertask.inflight import Inflight
+from brokertask.keeper import Keeper
+from brokertask.performer import Performer
 from brokertask.settings import Settings
 from brokertask.task import Middleware, Task
 from brokertask.telemetry import Telemetry
 from brokertask.topology import Topology
 from brokertask.transport.base import Consumer, Delivery, Transport
+from brokertask.window import Window
 
 log = logging.getLogger("brokertask.worker")
 
@@ -64,8 +67,10 @@ class Worker:
         self._resources = AsyncExitStack()
         self._transport: Transport | None = None
         self._executor: Executor | None = None
+        self._inflight: Inflight | None = None
         self._consumers: list[Consumer] = []
-        self._executions: set[asyncio.Task[None]] = set()
+        self._windows = {task: Window(count) for task, count in self.concurrency.items()}
+        self._executions: dict[asyncio.Task[None], Window] = {}
 
     @property
     def ready(self) -> bool:
@@ -76,6 +81,11 @@ class Worker:
     def busy(self) -> int:
         """How many deliveries it holds."""
         return len(self._executions)
+
+    @property
+    def resting(self) -> int:
+        """How many of the runs it executes only wait for time to pass."""
+        return 0 if self._executor is None else self._executor.resting
 
     async def __aenter__(self) -> Worker:
         await self.start()
@@ -104,9 +114,13 @@ class Worker:
             await transport.open(timeout=self._settings.connect_timeout)
             if self._settings.declare:
                 await transport.declare(self._topology())
-            self._executor = self._make_executor(transport, state)
+            inflight = self._inflight = self._make_inflight(transport)
+            self._resources.push_async_callback(inflight.close)
+            self._executor = self._make_executor(transport, inflight, state)
+            keeping = asyncio.create_task(self._executor.keep())
+            self._resources.callback(keeping.cancel)
             for task in self.tasks:
-                await self._consume(transport, self._executor, task)
+                await self._consume(transport, task)
         except BaseException:
             self._consumers.clear()
             await self._resources.aclose()
@@ -132,6 +146,8 @@ class Worker:
 
     async def _drain(self, grace: float) -> None:
         """Wait for what is executing; in the end interrupt it, and then cancel it."""
+        if self._executor is not None:
+            self._executor.drain()
         if self._executions and grace > 0:
             log.info("worker %s lets %d run(s) finish", self.name, self.busy)
             await self._until_idle(grace)
@@ -154,18 +170,33 @@ class Worker:
             if left <= 0 or not (await asyncio.wait(self._executions, timeout=left))[0]:
                 return
 
-    def _make_executor(self, transport: Transport, state: Any) -> Executor:
+    def _make_inflight(self, transport: Transport) -> Inflight:
+        return Inflight(
+            transport,
+            names=self._settings.names,
+            worker=self.name,
+            timeout=self._settings.publish_timeout,
+            receive=self._receive_back,
+        )
+
+    def _make_executor(self, transport: Transport, inflight: Inflight, state: Any) -> Executor:
         performer = Performer(
             worker=self.name,
             clock=self._clock,
-            max_result_bytes=self._settings.max_payload_bytes,
-            threads=self._settings.thread_limit,
+            settings=self._settings,
             middleware=self._middleware,
             state=state,
+        )
+        keeper = Keeper(
+            inflight,
+            self._windows,
+            clock=self._clock,
+            consumer_timeout=self._settings.consumer_timeout,
         )
         return Executor(
             performer=performer,
             concurrency=self.concurrency,
+            keeper=keeper,
             transport=transport,
             settings=self._settings,
             telemetry=self._telemetry,
@@ -173,26 +204,42 @@ class Worker:
             worker=self.name,
         )
 
-    async def _consume(
-        self, transport: Transport, executor: Executor, task: Task[Any, Any]
-    ) -> None:
-        names = self._settings.names
+    async def _consume(self, transport: Transport, task: Task[Any, Any]) -> None:
+        names, window = self._settings.names, self._windows[task.id]
         queues = [names.queue(task.id)]
         if task.options.queue.max_length is not None:
             # Both queues feed the same slots; between them up to twice the prefetch is held.
             queues.append(names.intake(task.id))
-        receive = partial(self._receive, executor, task)
+        receive = partial(self._receive, task)
         for queue in queues:
-            prefetch = self.concurrency[task.id]
-            self._consumers.append(await transport.consume(queue, receive, prefetch=prefetch))
+            slots = self.concurrency[task.id]
+            consumer = await transport.consume(
+                queue, receive, prefetch=slots, limited=task.checkpoints
+            )
+            window.add(consumer)
+            self._consumers.append(consumer)
 
-    def _receive(self, executor: Executor, task: Task[Any, Any], delivery: Delivery) -> None:
-        execution = asyncio.create_task(executor.execute(delivery, task))
-        self._executions.add(execution)
+    def _receive(self, task: Task[Any, Any], delivery: Delivery) -> None:
+        assert self._executor is not None
+        assert self._inflight is not None
+        if self._inflight.adopt(delivery):
+            return
+        window = self._windows[task.id]
+        window.take()
+        execution = asyncio.create_task(self._executor.execute(delivery, task))
+        self._executions[execution] = window
         execution.add_done_callback(self._executed)
 
+    def _receive_back(self, delivery: Delivery) -> None:
+        """Take a checkpoint that nobody waits for any more: as any message of its run."""
+        for task in self.tasks:
+            if task.id == delivery.message.type:
+                self._receive(task, delivery)
+                return
+        log.error("a message in %s is of no task here; it stays there", delivery.queue)
+
     def _executed(self, execution: asyncio.Task[None]) -> None:
-        self._executions.discard(execution)
+        self._executions.pop(execution).give_back()
         if not execution.cancelled() and (error := execution.exception()) is not None:
             # A defect of ours. The delivery stays unsettled, so nothing is lost; say it loudly.
             log.critical("an execution failed inside brokertask", exc_info=error)

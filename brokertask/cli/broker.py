@@ -91,7 +91,6 @@ def limits_of(app: App) -> list[Limits]:
     return [
         Limits(
             task=task.id,
-            timeout=task.options.timeout,
             longest_delay=_longest_delay(task.options.retry),
             bounded=task.options.queue.max_length is not None,
         )

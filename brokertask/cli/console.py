@@ -62,6 +62,7 @@ CODES: Final[Mapping[type[BaseException], tuple[str, Exit]]] = {
     errors.BrokerBlocked: ("BT-205", Exit.BROKER),
     errors.PublishUnknown: ("BT-206", Exit.TIMEOUT),
     errors.PublishError: ("BT-200", Exit.BROKER),
+    errors.PayloadUnavailable: ("BT-302", Exit.BROKER),
     errors.PayloadError: ("BT-301", Exit.USAGE),
     errors.ResultTimeout: ("BT-402", Exit.TIMEOUT),
     errors.RunError: ("BT-401", Exit.FAILED),

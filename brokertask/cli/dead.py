@@ -121,14 +121,17 @@ def redrive(
         str | None,
         typer.Option(metavar="JSON", help="Another payload, for one run; - is standard input."),
     ] = None,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Without the steps that the runs have finished.")
+    ] = False,
     yes: Yes = False,
     dry_run: DryRun = False,
     expected: Expected = None,
     as_json: console.Json = False,
 ) -> None:
-    """Put dead runs back to work: first attempt, no memory, a new trace linked to the old one.
+    """Put dead runs back to work: first attempt, behind their finished steps, a new trace.
 
-    Ctrl-C leaves the rest in place.
+    With another payload a run begins anew. Ctrl-C leaves the rest in place.
     """
     query = _query(spec, tasks, run_ids, reasons, error, tags, older_than, newer_than, limit)
     try:
@@ -136,7 +139,7 @@ def redrive(
         body = _new_payload(query, payload)
     except BrokertaskError as problem:
         console.fail(problem)
-    act = partial(Selection.redrive, rate=per_second, payload=body)
+    act = partial(Selection.redrive, rate=per_second, payload=body, forget=forget)
     question = "Redrive {}?" if rate is None else f"Redrive {{}} at {rate}?"
     _do(query, Order(act, question, yes, dry_run, expected, as_json))
 
@@ -254,7 +257,7 @@ async def _list(query: Query, *, group: bool, as_json: bool) -> None:
 
 
 async def _show(query: Query, *, payload: bool, as_json: bool) -> Exit:
-    now = time.time_ns() // 1_000_000
+    now, claims = time.time_ns() // 1_000_000, query.app.client.claims
     async with query.selection(bodies=True) as selection:
         found = selection.letters
         seen = sum(look.seen for look in selection.looks)
@@ -262,17 +265,18 @@ async def _show(query: Query, *, payload: bool, as_json: bool) -> Exit:
         wanted = console.printable(query.filters.run_ids[0])
         console.err.print(f"no dead run {wanted} among the {seen} of {', '.join(query.tasks)}")
         return Exit.FAILED
+    payloads = [await letters.payload_of(one, claims) if payload else None for one in found]
     if as_json:
-        console.show_json([letters.in_full(one, now, payload=payload) for one in found])
+        both = zip(found, payloads, strict=True)
+        console.show_json([letters.in_full(one, now, claims, payload=each) for one, each in both])
         return Exit.OK
-    for letter in found:
-        for line in letters.lines(letter, now):
+    for letter, each in zip(found, payloads, strict=True):
+        for line in letters.lines(letter, now, claims):
             console.out.print(line)
-        if payload:
-            console.out.print("  payload")
-            for line in letters.payload_lines(letter):
-                console.out.print(f"    {line}")
+        if each is None:
+            console.out.print(f"  payload {letters.size(letter)}; --payload shows it")
         else:
-            size = f"{len(letter.payload)} bytes of {console.printable(letter.content_type)}"
-            console.out.print(f"  payload {size}; --payload shows it")
+            console.out.print("  payload")
+            for line in letters.payload_lines(each):
+                console.out.print(f"    {line}")
     return Exit.OK

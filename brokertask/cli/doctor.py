@@ -22,7 +22,7 @@ from brokertask.drift import observe, plan
 from brokertask.durations import readable
 from brokertask.envelope import Message
 from brokertask.errors import AccessDenied, BrokertaskError, Unroutable
-from brokertask.lint import held_too_long
+from brokertask.payloads import open_store
 from brokertask.settings import mask
 from brokertask.topology import SHORTEST_RUNG_MS, Binding, Queue, Route
 from brokertask.transport.base import Transport
@@ -32,6 +32,8 @@ Examine: TypeAlias = Callable[[App, Transport], Awaitable[list[Check]]]
 MARKS: Final = {"ok": "[green]✔[/]", "warning": "[yellow]![/]", "failed": "[red]✗[/]"}
 NOBODY: Final = "-doctor-"
 """A routing key that no task can have: what is published with it comes back."""
+PROBE: Final = b"brokertask doctor"
+"""What is left in a payload store by looking whether it works."""
 QUESTIONS: Final = 3
 PROBE_TIMEOUT: Final = 5.0
 CHECK_TIMEOUT: Final = 60.0
@@ -44,7 +46,7 @@ class _Named(Protocol):
 
 
 def doctor(spec: AnyApp = None, as_json: console.Json = False) -> None:
-    """Check settings, broker, permissions, topology, delays, queues, traces and clocks.
+    """Check settings, broker, permissions, topology, delays, queues, payload store, traces, clocks.
 
     With --app, also what its tasks need. Exit code 1: something has failed.
     """
@@ -74,7 +76,7 @@ async def _checks(app: App) -> AsyncIterator[Check]:
     yield _settings(app)
     async for check in _broker_checks(app):
         yield check
-    for check in _timeouts(app):
+    for check in await _bounded("payloads", _payloads(app)):
         yield check
     for check in await asyncio.to_thread(collector, os.environ):
         yield check
@@ -250,12 +252,15 @@ _IN_PLACE: Final[dict[str, Examine]] = {
 }
 
 
-def _timeouts(app: App) -> list[Check]:
-    limit = app.settings.consumer_timeout
-    found = [from_finding("timeouts", one) for one in held_too_long(limits_of(app), limit)]
-    if found or not app.tasks:
-        return found
-    return [Check("timeouts", "ok", f"no attempt takes {readable(limit)}, the consumer timeout")]
+async def _payloads(app: App) -> list[Check]:
+    """Put a few bytes into the payload store, the same each time, and get them back."""
+    name, url = "payloads", app.settings.payload_store
+    if url is None:
+        return []
+    store, started = open_store(url), time.perf_counter()
+    await store.get(await store.put(PROBE))
+    took = readable(time.perf_counter() - started)
+    return [Check(name, "ok", f"{url} takes and gives content, in {took}")]
 
 
 def _own_queue(name: str) -> Queue:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
+from brokertask.claims import Claims
 from brokertask.cli.console import plain, printable
 from brokertask.deadletter import DeadLetter
 from brokertask.durations import readable
-from brokertask.errors import EnvelopeError
+from brokertask.errors import ConfigurationError, EnvelopeError, PayloadUnavailable
 from brokertask.outcome import AttemptError
 from brokertask.telemetry import fingerprint
-from brokertask.values import clip, decode
+from brokertask.values import MSGPACK, clip, decode
 
 COLUMNS: Final = ("RUN", "TASK", "REASON", "ATTEMPTS", "ERROR", "AGE", "REDRIVES")
 GROUP_COLUMNS: Final = ("RUNS", "TASK", "REASON", "ERROR", "OLDEST", "NEWEST", "GROUP")
@@ -32,6 +33,16 @@ class Group:
     reason: str
     fingerprint: str
     letters: tuple[DeadLetter, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A payload as JSON can tell it, or why it cannot be read."""
+
+    raw: bytes
+    """Empty where it could not be fetched."""
+    value: object = None
+    problem: str | None = None
 
 
 def grouped(letters: Iterable[DeadLetter]) -> list[Group]:
@@ -102,9 +113,11 @@ def as_json(letter: DeadLetter, now_ms: int) -> dict[str, object]:
     }
 
 
-def in_full(letter: DeadLetter, now_ms: int, *, payload: bool) -> dict[str, object]:
-    """Return all there is to know of it; its payload only if asked for: it may be secret."""
-    envelope = letter.envelope
+def in_full(
+    letter: DeadLetter, now_ms: int, claims: Claims, *, payload: Payload | None
+) -> dict[str, object]:
+    """Return all there is to know of it; its payload only if given: it may be secret."""
+    envelope, claim = letter.envelope, letter.claim
     fields = as_json(letter, now_ms) | {
         "meaning": letter.meaning,
         "triggered_at": instant(envelope.triggered_ms if envelope else None),
@@ -121,17 +134,20 @@ def in_full(letter: DeadLetter, now_ms: int, *, payload: bool) -> dict[str, obje
             }
             for error in letter.errors
         ],
-        "payload_bytes": len(letter.payload),
+        "payload_bytes": claim.size if claim else len(letter.payload),
         "content_type": letter.content_type,
     }
-    if payload:
-        fields["payload"], fields["payload_problem"] = _payload(letter)
+    if claim is not None:
+        where = claims.where(claim)
+        fields["claim"] = {"sha256": claim.sha256, "size": claim.size, "where": where}
+    if payload is not None:
+        fields["payload"], fields["payload_problem"] = payload.value, payload.problem
     return fields
 
 
-def lines(letter: DeadLetter, now_ms: int) -> Iterator[str]:
+def lines(letter: DeadLetter, now_ms: int, claims: Claims) -> Iterator[str]:
     """Yield what a person reads of it, without its payload, as markup."""
-    envelope = letter.envelope
+    envelope, claim = letter.envelope, letter.claim
     yield f"[bold]{printable(letter.task)}[/]  {printable(letter.run_id)}"
     yield f"  [red]{printable(letter.reason)}[/]: {letter.meaning}"
     died = f"died {age(letter.died_ms, now_ms)} ago ({instant(letter.died_ms)})"
@@ -145,6 +161,10 @@ def lines(letter: DeadLetter, now_ms: int) -> Iterator[str]:
         yield f"  tags {printable(', '.join(letter.tags))}"
     if letter.trace_id:
         yield f"  trace {printable(letter.trace_id)}"
+    if claim is not None:
+        where = claims.where(claim) or "a payload store that is not configured here"
+        yield f"  claim for {claim.size} bytes, sha256 {claim.sha256}"
+        yield f"      in {printable(where)}"
     for error in letter.errors:
         yield from _error_lines(error)
 
@@ -158,22 +178,35 @@ def _error_lines(error: AttemptError) -> Iterator[str]:
         yield f"      [dim]{printable(line)}[/]"
 
 
-def payload_lines(letter: DeadLetter) -> Iterator[str]:
+def size(letter: DeadLetter) -> str:
+    """Return how large its payload is, and of which kind, as markup."""
+    if letter.claim is not None:
+        return f"{letter.claim.size} bytes in the payload store"
+    return f"{len(letter.payload)} bytes of {printable(letter.content_type)}"
+
+
+def payload_lines(payload: Payload) -> Iterator[str]:
     """Yield the payload as markup: as JSON, or why it is none and how it begins."""
-    value, problem = _payload(letter)
-    if problem is None:
-        yield from (printable(line) for line in json.dumps(value, indent=2).splitlines())
+    if payload.problem is None:
+        yield from (printable(line) for line in json.dumps(payload.value, indent=2).splitlines())
+    elif payload.raw:
+        start = payload.raw[:SHOWN_BYTES].hex(" ")
+        yield f"{printable(payload.problem)}; {len(payload.raw)} bytes, beginning with {start}"
     else:
-        start = letter.payload[:SHOWN_BYTES].hex(" ")
-        yield f"{printable(problem)}; {len(letter.payload)} bytes, beginning with {start}"
+        yield printable(payload.problem)
 
 
-def _payload(letter: DeadLetter) -> tuple[object, str | None]:
-    """Return the payload as JSON can tell it, or why it cannot be read."""
+async def payload_of(letter: DeadLetter, claims: Claims) -> Payload:
+    """Return the payload of a dead run, fetched if it is in the payload store."""
+    raw, kind = letter.payload, letter.content_type
     try:
-        return plain(decode(letter.payload, letter.content_type)), None
+        if letter.claim is not None:
+            raw, kind = await claims.get(letter.claim), MSGPACK
+        return Payload(raw, plain(decode(raw, kind)))
     except EnvelopeError as error:
-        return None, str(error)
+        return Payload(raw, problem=str(error))
+    except (PayloadUnavailable, ConfigurationError) as error:
+        return Payload(b"", problem=str(error))
 
 
 def age(since_ms: int | None, now_ms: int) -> str:

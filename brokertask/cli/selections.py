@@ -45,6 +45,7 @@ class Query:
                 self.tasks,
                 self.filters,
                 telemetry=self.app.telemetry,
+                claims=self.app.client.claims,
                 bodies=bodies,
             ) as selection,
         ):

@@ -12,7 +12,7 @@ from brokertask.cli import console
 from brokertask.cli.broker import AnApp, app_or_stand_in, connected, limits_of
 from brokertask.cli.console import Exit, printable
 from brokertask.cli.letters import counted
-from brokertask.drift import IMMUTABLE, Change, Plan, observe, plan
+from brokertask.drift import IMMUTABLE, Change, Plan, lacking, observe, plan
 from brokertask.errors import TopologyMismatch
 from brokertask.lint import LEVELS, Finding, lint
 
@@ -60,13 +60,12 @@ def check(
     ] = False,
     as_json: console.Json = False,
 ) -> None:
-    """Check an app's topology by rule, and what waits on the broker.
+    """Check an app's topology by rule, and what is missing or waits on the broker.
 
     Exit codes: 0 no error among the findings, 1 at least one.
     """
     owner = app_or_stand_in(spec)
-    limits = limits_of(owner)
-    found = lint(owner.topology(), limits, owner.settings)
+    found = lint(owner.topology(), limits_of(owner), owner.settings.names)
     if not offline:
         found += console.run(lambda: _observe(owner))
     if as_json:
@@ -96,7 +95,8 @@ async def _apply(owner: App) -> tuple[Plan, Plan]:
 
 async def _observe(owner: App) -> list[Finding]:
     async with connected(owner) as transport:
-        return await observe(transport, owner.settings.names, limits_of(owner))
+        missing = await lacking(transport, owner.topology())
+        return missing + await observe(transport, owner.settings.names, limits_of(owner))
 
 
 def _plan_code(found: Plan) -> Exit:

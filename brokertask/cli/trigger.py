@@ -153,9 +153,20 @@ class _Printer:
             case events.FAILED:
                 reason = printable(event.reason or "")
                 self._line(f"[red]✗[/] attempt {event.attempt} failed{said}; dead ({reason})")
+            case events.SLEEPING:
+                self._line(f"sleeps for {readable((event.delay_ms or 0) / 1000)}")
+                return
+            case events.PROGRESS:
+                self._progress(event)
+                return
             case _:
                 self._line("[red]✗[/] expired before it was started")
         self._ended = True
+
+    def _progress(self, event: Event) -> None:
+        total = "" if event.total is None else f" of {event.total:g}"
+        if event.done is not None:
+            self._line(f"{event.done:g}{total} done")
 
     def completed(self, result: object) -> None:
         """Print the result, if it was waited for."""

@@ -1,0 +1,216 @@
+"""The inflight queue of a worker: where the latest messages of its runs are while it has them.
+
+    step done ─► bt.inflight ─► bt.inflight.<worker> ─► the same worker: acks what it held before
+                                     │ its process dies: requeued, expired at once
+                                     └─► bt.resume ─► bt.q.<task>, with every finished step
+
+So the lease on a run moves to a newer message: with what the run has finished since, and with a
+new consumer timeout. A crash before the confirm leaves the old message, one after it the new one,
+one between confirm and ack both; the old one has a lower sequence number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Final
+
+from brokertask.envelope import Envelope, Message
+from brokertask.errors import BrokertaskError, PublishUnknown
+from brokertask.lease import Lease
+from brokertask.topology import Names, inflight
+from brokertask.transport.base import Consumer, Delivery, Receive, Transport
+from brokertask.window import Window
+
+log = logging.getLogger("brokertask.worker")
+
+ARRIVAL: Final = 10.0
+"""Seconds after its confirm within which a message has come back to us, unless it is elsewhere."""
+ARRIVAL_USUAL: Final = 0.5
+PATIENCE: Final = 15
+"""Seconds with a connection in which a lost delivery has come back, unless it is elsewhere: what
+a dying node was moving between two queues is moved again after ten."""
+FAILURES: Final = 3
+"""After so many without an answer a new queue is made: one that was declared just before a broker
+died may have no leader."""
+BACKOFF_MAX: Final = 10.0
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """What came of one checkpoint: its message, again each time a connection was lost."""
+
+    deliveries: list[Delivery] = field(default_factory=list)
+    came: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def live(self) -> bool:
+        return any(delivery.live for delivery in self.deliveries)
+
+
+class Inflight:
+    """One worker's queue, made when it is first needed: plain short runs never need it."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        names: Names,
+        worker: str,
+        timeout: float,
+        receive: Receive,
+    ) -> None:
+        self._transport = transport
+        self._names = names
+        self._worker = worker
+        self._timeout = timeout
+        self._receive = receive
+        self._opening = asyncio.Lock()
+        self._queue: str | None = None
+        self._queues: list[str] = []
+        self._consumers: list[Consumer] = []
+        self._tokens = count(1)
+        self._awaited: dict[str, _Arrival] = {}
+        self._held: set[Delivery] = set()
+
+    def adopt(self, delivery: Delivery) -> bool:
+        """Take a delivery, from whichever queue, if it is of a checkpoint that is on its way."""
+        arrival = self._awaited.get(delivery.message.correlation_id or "")
+        if arrival is None:
+            return False
+        arrival.deliveries.append(delivery)
+        arrival.came.set()
+        return True
+
+    async def move(self, lease: Lease, following: Envelope, *, window: Window) -> bool:
+        """Replace a run's message by the one that follows it; the caller holds `lease.moving`.
+
+        When it returns True, `following` is on the broker's disk and what was held is acked.
+        False: the message is not here any more, and has not come back; or the lease is ending.
+
+        Args:
+            lease: What is held.
+            following: The same run, one further.
+            window: Of its task: the broker is about to have room for another delivery.
+        """
+        token = f"{self._worker}/{next(self._tokens)}"
+        arrival = self._awaited[token] = _Arrival()
+        message = replace(following.message(), correlation_id=token)
+        lease.seq = following.seq
+        try:
+            if not await self._publish_surely(lease, message, arrival, window):
+                return False
+            # From here on, copies of the message before are stale.
+            lease.envelope = following
+            await self._swap(lease, arrival, window)
+        finally:
+            del self._awaited[token]
+        return True
+
+    async def _publish_surely(
+        self, lease: Lease, message: Message, arrival: _Arrival, window: Window
+    ) -> bool:
+        """Publish until it is confirmed, or has come; False if the run is not ours meanwhile."""
+        pause, failures = 0.2, 0
+        while await self._until_live(lease, arrival, window):
+            if arrival.live:
+                return True
+            try:
+                queue = await self._open()
+                route = self._names.inflight_route(lease.envelope.task, queue)
+                await self._transport.publish(route, message, timeout=self._timeout)
+            except BrokertaskError as error:
+                # A queue that takes nothing may have no leader; others only say "not now".
+                failures += isinstance(error, PublishUnknown)
+                if failures >= FAILURES:
+                    self._queue, failures = None, 0
+                log.warning("run %s cannot be checkpointed yet: %s", message.message_id, error)
+                if lease.ending:
+                    return False
+            else:
+                return True
+            await asyncio.sleep(pause * random.uniform(0.5, 1))
+            pause = min(BACKOFF_MAX, pause * 2)
+        return False
+
+    async def _swap(self, lease: Lease, arrival: _Arrival, window: Window) -> None:
+        """Hold the new message once it has come, and ack the old one."""
+        if not await _came(arrival, ARRIVAL_USUAL):
+            # It was lost on its way and comes to the task's queue; there must be room for it.
+            with window.expecting():
+                await _came(arrival, ARRIVAL)
+        if not arrival.deliveries:
+            # It is in the task's queue by now, or on its way there; whoever gets it, knows it.
+            log.warning("a checkpoint of run %s has not come back", lease.envelope.run_id)
+            return
+        before = [delivery for delivery in lease.deliveries if _seq(delivery) < lease.envelope.seq]
+        # What has joined since the confirm is of the new message, too.
+        arrival.deliveries += [delivery for delivery in lease.deliveries if delivery not in before]
+        lease.deliveries = arrival.deliveries
+        lease.since = asyncio.get_running_loop().time()
+        if any(delivery.queue not in self._queues for delivery in before):
+            await window.limit()
+        for delivery in before:
+            await delivery.ack()
+            self._held.discard(delivery)
+
+    async def _until_live(self, lease: Lease, arrival: _Arrival, window: Window) -> bool:
+        """Wait for a message that was lost with its connection to be delivered once more."""
+        if lease.live or arrival.live:
+            return True
+        waited = 0
+        with window.expecting():
+            while not (lease.live or arrival.live) and waited <= PATIENCE:
+                lease.joined.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(1):
+                        await lease.joined.wait()
+                waited += self._transport.connected
+        return lease.live or arrival.live
+
+    async def _open(self) -> str:
+        """Return the queue, made and consumed."""
+        async with self._opening:
+            if self._queue is None:
+                name = f"{self._names.inflight}.{self._worker}"
+                name += f".{len(self._queues) + 1}" if self._queues else ""
+                await self._transport.declare(inflight(self._names, name))
+                self._queues.append(name)
+                self._consumers.append(await self._transport.consume(name, self._take, prefetch=0))
+                self._queue = name
+            return self._queue
+
+    def _take(self, delivery: Delivery) -> None:
+        self._held = {held for held in self._held if held.live}
+        self._held.add(delivery)
+        if not self.adopt(delivery):
+            # One that came too late, or that a lost connection gave back.
+            self._receive(delivery)
+
+    async def close(self) -> None:
+        """Delete the queue if nothing is left in it that we know of; else it goes by itself.
+
+        What it still holds then expires to the queues of its tasks, long before the queue does.
+        """
+        left = any(delivery.live for delivery in self._held)
+        for consumer in self._consumers:
+            await consumer.close()
+        with suppress(BrokertaskError):
+            for queue in () if left else self._queues:
+                await self._transport.delete(queue)
+
+
+async def _came(arrival: _Arrival, timeout: float) -> bool:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout):
+            await arrival.came.wait()
+    return arrival.came.is_set()
+
+
+def _seq(delivery: Delivery) -> int:
+    seq = delivery.message.headers.get("bt-seq", 0)
+    return seq if isinstance(seq, int) else 0

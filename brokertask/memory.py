@@ -1,0 +1,131 @@
+"""What a run carries from one delivery to the next: errors, finished steps, metadata. Pure.
+
+On the wire it is one msgpack map behind the payload; what a newer minor version adds to it, or to
+a step, is ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final, TypeAlias
+
+import msgpack
+
+from brokertask.claim import Claim
+from brokertask.errors import EnvelopeError
+from brokertask.outcome import AttemptError
+from brokertask.values import MSGPACK, decode, pack
+
+KEPT_ERRORS: Final = 20
+MAX_ERRORS_BYTES: Final = 1_048_576
+"""Far above what 20 errors with their tracebacks take."""
+Metadata: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One finished step."""
+
+    key: str
+    """Its name, with its number if the name was used before: `fetch`, `fetch#2`."""
+    function: str
+    """The qualified name of what it called."""
+    after: str | None
+    """The key of the step that was asked for before it in its branch, "" for the first of all;
+    None where that says nothing, as after a step whose failure the task caught."""
+    result: bytes | Claim
+    """In msgpack; or the claim for that."""
+    packed: bytes = field(default=b"", repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        result = self.result
+        # A claim is not where a reader that knows no claims would take it for the result.
+        last = [None, asdict(result)] if isinstance(result, Claim) else [result]
+        # Once: the memory is written again with each checkpoint.
+        object.__setattr__(self, "packed", pack([self.key, self.function, self.after, *last]))
+
+    @staticmethod
+    def read(raw: Any) -> Step:
+        """Return the step in a decoded array.
+
+        Raises:
+            TypeError: It is no such array.
+            EnvelopeError: It has a claim that is none.
+        """
+        match raw:
+            case [str(key), str(function), str() | None as after, bytes(result), *_]:
+                return Step(key, function, after, result)
+            case [str(key), str(function), str() | None as after, None, claim, *_]:
+                return Step(key, function, after, Claim.read(claim))
+            case _:
+                raise TypeError("a step is an array of key, function, place and result")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a run remembers."""
+
+    errors: tuple[AttemptError, ...] = ()
+    steps: tuple[Step, ...] = ()
+    metadata: Metadata = field(default_factory=dict)
+
+    def with_error(self, error: AttemptError) -> Memory:
+        """Return this memory with one more error, the oldest but the first dropped beyond 20."""
+        errors = (*self.errors, error)
+        if len(errors) > KEPT_ERRORS:
+            errors = (errors[0], *errors[-(KEPT_ERRORS - 1) :])
+        return replace(self, errors=errors)
+
+    @property
+    def size(self) -> int:
+        """The bytes that its steps and metadata take in a message."""
+        metadata = len(pack(self.metadata)) if self.metadata else 0
+        return metadata + sum(len(step.packed) for step in self.steps)
+
+    def largest(self, count: int = 3) -> list[tuple[str, int]]:
+        """Return the keys and sizes in bytes of the largest steps, the largest first."""
+        sizes = ((step.key, len(step.packed)) for step in self.steps)
+        return sorted(sizes, key=lambda one: one[1], reverse=True)[:count]
+
+    def pack(self) -> bytes:
+        """Return it as msgpack; empty bytes when there is nothing to remember."""
+        parts: list[bytes] = []
+        if self.errors:
+            parts += pack("errors"), _array(pack(asdict(error)) for error in self.errors)
+        if self.steps:
+            parts += pack("steps"), _array(step.packed for step in self.steps)
+        if self.metadata:
+            parts += pack("metadata"), pack(self.metadata)
+        if not parts:
+            return b""
+        return bytes(msgpack.Packer().pack_map_header(len(parts) // 2)) + b"".join(parts)
+
+    @staticmethod
+    def unpack(data: bytes) -> Memory:
+        """Read what `pack` wrote.
+
+        Raises:
+            EnvelopeError: It is damaged.
+        """
+        if not data:
+            return Memory()
+        try:
+            raw = decode(data, MSGPACK)
+            metadata = raw.get("metadata", {})
+            if not isinstance(metadata, dict):
+                raise TypeError("its metadata is no map")
+            return Memory(
+                errors=tuple(AttemptError.read(error) for error in raw.get("errors", ())),
+                steps=tuple(Step.read(step) for step in raw.get("steps", ())),
+                metadata=metadata,
+            )
+        except (TypeError, AttributeError) as error:
+            raise EnvelopeError(
+                f"the run's memory is damaged: {error}", reason="undecodable"
+            ) from None
+
+
+def _array(items: Iterable[bytes]) -> bytes:
+    packed = list(items)
+    return bytes(msgpack.Packer().pack_array_header(len(packed))) + b"".join(packed)

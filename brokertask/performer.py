@@ -1,0 +1,368 @@
+"""Performs attempts: the task's code, supervised, and what it came to.
+
+The code runs in an asyncio task of its own, so that nothing of ours is cancelled with it, and so
+that a lost connection takes the lease on the message, not the work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from asyncio import FIRST_COMPLETED
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import anyio
+
+from brokertask.attempt import Attempt, Raised, Returned
+from brokertask.clock import Clock
+from brokertask.context import Context
+from brokertask.envelope import MAX_TRACEBACK, Envelope
+from brokertask.errors import (
+    BrokertaskError,
+    ConfigurationError,
+    EnvelopeError,
+    InvalidPayload,
+    MemoryFull,
+    PayloadError,
+    PayloadUnavailable,
+    Reason,
+)
+from brokertask.outcome import (
+    AttemptError,
+    Failed,
+    Interrupted,
+    Outcome,
+    Repeated,
+    Retrying,
+    Sleeping,
+    Succeeded,
+)
+from brokertask.raised import frames_of, name_of, text_of
+from brokertask.run import RunningIn, running_in
+from brokertask.settings import Settings
+from brokertask.steps import Steps
+from brokertask.task import CallNext, Middleware, Task
+from brokertask.typed import dump
+from brokertask.values import MSGPACK, clip, decode, encode
+
+log = logging.getLogger("brokertask.worker")
+T = TypeVar("T")
+
+LEAVING: Final = 1.0
+HOOK_TIMEOUT: Final = 30.0
+REPORT_PAUSE: Final = 0.5
+"""At least so many seconds are between two events of one run's progress."""
+
+
+class AttemptHost:
+    """What the code of one attempt may ask of its worker: see `steps.Host`."""
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        save: Callable[[Attempt], Awaitable[None]],
+        report: Callable[[Attempt, float | None, float | None], Awaitable[None]],
+    ) -> None:
+        self._attempt = attempt
+        self._save = save
+        self._report = report
+        self._loop = asyncio.get_running_loop()
+        self._reporting: asyncio.Task[None] | None = None
+        self._news = False
+        self._over = False
+
+    async def save(self) -> None:
+        """Return when the memory survives a crash, if the task wants that of each step."""
+        if self._attempt.task.options.checkpoint == "step":
+            await self._save(self._attempt)
+
+    def sleep(self, due_ms: int) -> None:
+        """Let the run leave its slot until then."""
+        self._attempt.sleep(due_ms)
+
+    def report(self) -> None:
+        """Tell progress and metadata to whoever listens, soon; from any thread."""
+        self._loop.call_soon_threadsafe(self._schedule)
+
+    async def finish(self) -> None:
+        """Tell the last news, so that they come before the end; nothing comes after it."""
+        self._over = True
+        if self._reporting is not None:
+            self._reporting.cancel()
+            if self._news:
+                await self._tell()
+
+    def _schedule(self) -> None:
+        self._news = True
+        if self._reporting is None and not self._over:
+            self._reporting = asyncio.create_task(self._tell_all())
+
+    async def _tell_all(self) -> None:
+        while self._news:
+            await self._tell()
+            await asyncio.sleep(REPORT_PAUSE)
+        self._reporting = None
+
+    async def _tell(self) -> None:
+        self._news = False
+        context = self._attempt.context
+        if context is not None:
+            done, total = context.progressed or (None, None)
+            await self._report(self._attempt, done, total)
+
+
+class Performer:
+    """Performs attempts: everything between having a slot and having an outcome."""
+
+    def __init__(
+        self,
+        *,
+        worker: str,
+        clock: Clock,
+        settings: Settings,
+        middleware: Sequence[Middleware],
+        state: Any,
+    ) -> None:
+        self._worker = worker
+        self._clock = clock
+        self._settings = settings
+        self._threads = anyio.CapacityLimiter(settings.thread_limit)
+        self._counted = anyio.CapacityLimiter(math.inf)
+        self._middleware = tuple(middleware)
+        self._state = state
+        self._code: set[asyncio.Task[Any]] = set()
+
+    async def finish(self) -> None:
+        """Cancel code that was left behind and give it a last second, before its pools close."""
+        for code in self._code:
+            code.cancel("drain")
+        if self._code:
+            await asyncio.wait(self._code, timeout=LEAVING)
+
+    def _start(self, code: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        """Run user code in a task of its own, remembered until it ends."""
+        task = asyncio.create_task(code, name=name)
+        self._code.add(task)
+        task.add_done_callback(self._code.discard)
+        return task
+
+    async def perform(self, attempt: Attempt, host: AttemptHost, *, hurry: bool) -> Outcome:
+        """Run the task's code within its timeout and return what it came to, whatever it does.
+
+        In a hurry, no sleep keeps its slot.
+        """
+        attempt.context = self._context(attempt, host)
+        if hurry:
+            attempt.context.steps.drain()
+        if attempt.task.is_async:
+            return await self._within_time(attempt)
+        # Before the clock starts: a run that waits for a thread has not overrun.
+        async with self._threads:
+            if attempt.interrupted or attempt.superseded:
+                return Repeated() if attempt.superseded else Interrupted()
+            return await self._within_time(attempt)
+
+    async def _within_time(self, attempt: Attempt) -> Outcome:
+        envelope, timeout = attempt.envelope, attempt.task.options.timeout
+        root, loop = envelope.root or envelope.run_id, asyncio.get_running_loop()
+        running_in.set(RunningIn(envelope.run_id, envelope.task, envelope.attempt, root, loop))
+        name = f"{attempt.task.id} {envelope.run_id}"
+        assert attempt.context is not None
+        user = self._start(self._whole(attempt.task, attempt.context, envelope), name)
+        attempt.user, attempt.left = user, loop.create_future()
+        ends: set[asyncio.Future[Any]] = {user, attempt.left}
+        try:
+            done, _ = await asyncio.wait(ends, timeout=timeout, return_when=FIRST_COMPLETED)
+            if not done:
+                attempt.cancel("timeout")
+                await asyncio.wait(ends, return_when=FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            attempt.cancel("drain")
+            raise
+        if not user.done():
+            log.error("run %s of %s ignores its cancellation", envelope.run_id, attempt.task.id)
+        if attempt.superseded:
+            return Repeated()
+        if attempt.due_ms is not None:
+            # Even where the code has swallowed its cancellation and returned.
+            return Sleeping(max(0, attempt.due_ms - self._clock.now_ms()) / 1000)
+        if user.done() and not user.cancelled():
+            return await self._judge(attempt, user.result())
+        if attempt.interrupted:
+            return Interrupted()
+        return await self._judge(attempt, Raised(TimeoutError(f"took longer than {timeout:g} s")))
+
+    async def give_up(self, attempt: Attempt, reason: Reason, error: BaseException) -> Failed:
+        """Return the end of a run that gets no further attempt, after its failure hooks."""
+        if attempt.context is None:
+            attempt.context = self._context(attempt, None)
+            if attempt.task.failure_hooks:
+                with suppress(BrokertaskError, TimeoutError):
+                    async with asyncio.timeout(HOOK_TIMEOUT):
+                        attempt.context.payload = await _payload(attempt.task, attempt.envelope)
+        record = self.record(attempt, error)
+        await self._call_hooks(attempt, attempt.task.failure_hooks, error)
+        return Failed(reason, record)
+
+    async def _whole(
+        self, task: Task[Any, Any], context: Context, envelope: Envelope
+    ) -> Returned | Raised:
+        """Run the code, and what steps it has left to themselves: they are part of the attempt.
+
+        So is the payload store, before and after: it shares the attempt's timeout and end.
+        """
+        ended = await self._run(task, context, envelope)
+        await context.steps.finish()
+        return await self._put(task, ended.value) if isinstance(ended, Returned) else ended
+
+    async def _run(
+        self, task: Task[Any, Any], context: Context, envelope: Envelope
+    ) -> Returned | Raised:
+        """Load the payload and call the task in its middleware; errors of user code end here."""
+        if task.is_async:
+            context.steps.begin()
+        try:
+            payload = context.payload = await _payload(task, envelope)
+        except EnvelopeError as error:
+            return Raised(error, error.reason)
+        except InvalidPayload as error:
+            return Raised(error, "invalid")
+        except BrokertaskError as error:
+            return Raised(error)
+
+        async def innermost(inner: Context) -> Any:
+            return await task.call(inner, payload, threads=self._counted)
+
+        call: CallNext = innermost
+        for middleware in reversed((*self._middleware, *task.options.middleware)):
+            call = partial(_wrap, middleware, call)
+        try:
+            return Returned(await call(context))
+        except BaseException as error:
+            # SystemExit and KeyboardInterrupt too: a task must not be able to stop the worker.
+            if context.cancelled is not None:
+                raise asyncio.CancelledError(context.cancelled) from error
+            if isinstance(error, asyncio.CancelledError):
+                return Raised(RuntimeError("the task cancelled itself"))
+            return Raised(error)
+
+    async def _put(self, task: Task[Any, Any], result: Any) -> Returned | Raised:
+        """Return a result with the outcome that carries it; what is too large is in the store."""
+        limit = self._settings.max_payload_bytes
+        try:
+            body = encode(dump(task.result_type, result))
+            claim = await task.client.claims.put(body)
+            if claim is None and len(body) > limit:
+                raise InvalidPayload(
+                    f"the result is {len(body)} bytes, the limit is {limit} (max_payload_bytes); "
+                    "with BROKERTASK_PAYLOAD_STORE it need not be in a message"
+                )
+        except (PayloadUnavailable, ConfigurationError) as error:
+            return Raised(error)
+        except PayloadError as error:
+            return Raised(error, "bad_result")
+        return Returned((result, Succeeded(body if claim is None else b"", claim)))
+
+    async def _judge(self, attempt: Attempt, ended: Returned | Raised) -> Outcome:
+        """Return what follows from how the code ended, and call the hooks if it is the end."""
+        defect = None if attempt.context is None else attempt.context.steps.defect
+        if isinstance(defect, PayloadUnavailable):
+            ended = Raised(defect)
+        elif defect is not None:
+            # Whatever the code made of it: what it did since may be another run's work.
+            full = isinstance(defect, MemoryFull)
+            return await self.give_up(attempt, "memory_full" if full else "step_mismatch", defect)
+        if isinstance(ended, Returned):
+            returned: tuple[Any, Succeeded] = ended.value
+            result, outcome = returned
+            await self._call_hooks(attempt, attempt.task.success_hooks, result)
+            return outcome
+        if ended.reason is not None:
+            return await self.give_up(attempt, ended.reason, ended.error)
+        decision = attempt.task.options.retry.decide(attempt.envelope.attempt, ended.error)
+        if decision.delay is None:
+            return await self.give_up(attempt, decision.reason, ended.error)
+        return Retrying(decision.delay, self.record(attempt, ended.error))
+
+    async def _call_hooks(
+        self, attempt: Attempt, hooks: Sequence[Callable[..., Any]], value: object
+    ) -> None:
+        """Call hooks one after the other, each in a task of its own; none changes the outcome."""
+        for hook in hooks:
+            call = self._start(_hook(hook, attempt.context, value), f"hook of {attempt.task.id}")
+            done, _ = await asyncio.wait({call}, timeout=HOOK_TIMEOUT)
+            if not done:
+                call.cancel("timeout")
+                log.error("a hook of %s took over %g s; left", attempt.task.id, HOOK_TIMEOUT)
+            elif (error := call.result()) is not None:
+                log.error("a hook of %s failed; its run goes on", attempt.task.id, exc_info=error)
+
+    def _context(self, attempt: Attempt, host: AttemptHost | None) -> Context:
+        envelope, options = attempt.envelope, attempt.task.options
+        steps = Steps(
+            envelope.memory,
+            host=host,
+            span=attempt.span,
+            clock=self._clock,
+            # A sync task's thread must not wait for another of the same few.
+            threads=self._threads if attempt.task.is_async else self._counted,
+            max_bytes=self._settings.max_memory_bytes,
+            claims=attempt.task.client.claims,
+        )
+        at, timeout = envelope.triggered_ms, options.timeout
+        now = datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC)
+        return Context(
+            run_id=envelope.run_id,
+            task=attempt.task.id,
+            attempt=envelope.attempt,
+            max_attempts=options.retry.max_attempts,
+            tags=envelope.tags,
+            triggered_at=None if at is None else datetime.fromtimestamp(at / 1000, UTC),
+            deadline=now + timedelta(seconds=timeout) if timeout else None,
+            parent=envelope.parent,
+            root=envelope.root,
+            worker=self._worker,
+            trace_id=None if attempt.span is None else attempt.span.trace_id,
+            state=self._state,
+            steps=steps,
+            changed=(lambda: None) if host is None else host.report,
+        )
+
+    def record(self, attempt: Attempt, error: BaseException) -> AttemptError:
+        """Return an error as it travels in the run's memory."""
+        return AttemptError(
+            attempt=attempt.envelope.attempt,
+            type=name_of(error),
+            message=clip(text_of(error)),
+            at_ms=self._clock.now_ms(),
+            worker=self._worker,
+            traceback=clip(frames_of(error), MAX_TRACEBACK),
+        )
+
+
+async def _payload(task: Task[Any, Any], envelope: Envelope) -> Any:
+    """Return the payload of a run, fetched if it is in the payload store."""
+    claim = envelope.claim()
+    if claim is None:
+        return task.load(envelope.value())
+    return task.load(decode(await task.client.claims.get(claim), MSGPACK))
+
+
+async def _hook(
+    hook: Callable[..., Any], context: Context | None, value: object
+) -> BaseException | None:
+    """Return what a hook raised: even SystemExit must not stop the worker."""
+    try:
+        await hook(context, value)
+    except BaseException as error:
+        return error
+    return None
+
+
+async def _wrap(middleware: Middleware, call: CallNext, context: Context) -> Any:
+    return await middleware(context, call)
