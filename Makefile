@@ -17,11 +17,11 @@ tools:
 	@sh infra/setup.sh test-tools
 
 BROKER ?= memory
-url-of-memory := echo memory:
+url-of-memory := echo unix:.brokertask/demo/.brokertask/dev.sock
 url-of-rabbitmq = $(PYTHON) infra/rabbitmq/node.py find
 
 .PHONY: demo
-demo: setup ## Run the document pipeline (INPUT=folder BROKER=memory|rabbitmq)
+demo: setup ## Process documents and kill a worker half-way (INPUT=folder BROKER=memory|rabbitmq)
 	@url=$$($(or $(url-of-$(BROKER)),$(error BROKER is memory or rabbitmq, not "$(BROKER)"))) && \
 	BROKERTASK_AMQP_URL=$$url .venv/bin/python -m workers.documents $(if $(INPUT),--input "$(INPUT)")
 

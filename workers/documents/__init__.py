@@ -1,7 +1,7 @@
 """The documents pipeline: fetch, summarise and split each document, then one run per section.
 
 brokertask worker workers.documents:app      # the worker
-make demo                                    # the whole job, on the embedded broker
+make demo                                    # the whole job, and a worker killed half-way
 """
 
 from workers.documents.tasks import app

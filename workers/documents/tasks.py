@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from pydantic import BaseModel
 
-from brokertask import Abort, App, Context, Retry
+from brokertask import App, Context, Retry
 from workers.documents.text import keywords, split
-from workers.documents.upstream import UpstreamUnavailable, summary_of
+from workers.documents.upstream import Request, UpstreamBusy, UpstreamError, fetch, summary_of
 
 app = App("documents")
+
+SOON: Final = Retry(max_attempts=8, min_delay=0.1, max_delay=1, on=UpstreamBusy)
+"""Within the step: the run keeps its slot, as it is only for a moment."""
+LATER: Final = Retry(
+    max_attempts=5, factor=2, min_delay=1, max_delay=60, on=(UpstreamError, TimeoutError)
+)
+"""The whole attempt: the run waits on the broker, and its slot is free for others."""
 
 
 class Document(BaseModel):
@@ -46,27 +54,28 @@ class SectionReport(BaseModel):
     keywords: list[str]
 
 
-@app.task(
-    retry=Retry(max_attempts=5, factor=2, min_delay=1, max_delay=60, on=UpstreamUnavailable),
-    concurrency=5,
-    timeout=300,
-)
+@app.task(retry=LATER, concurrency=5, timeout=300)
 async def process_document(document: Document, ctx: Context) -> DocumentReport:
-    """Fetch, summarise and split a document, and ask for a run for each of its sections."""
-    text = fetch(document.path)
-    summary = await summary_of(text, attempt=ctx.attempt)
-    parts = [
-        Section(path=document.path, number=number, text=part)
-        for number, part in enumerate(split(text), start=1)
-    ]
-    sections = await process_section.trigger_many(parts)
+    """Fetch, summarise and split a document, and ask for a run for each of its sections.
+
+    Whatever happens in between, each step is done once: a retry, or another worker after a crash,
+    goes on behind those that are finished.
+    """
+    request = Request(ctx.run_id, ctx.attempt)
+    text = await ctx.step("fetch", fetch, document.path, request)
+    summary = await ctx.step("summarise", summary_of, text, request, retry=SOON, timeout="30s")
+    parts = await ctx.step("split", split, text)
+    sections = await ctx.step("fan out", fan_out, document.path, parts)
     ctx.log.info("fanned out into %d sections", len(sections))
     return DocumentReport(
-        path=document.path,
-        words=len(text.split()),
-        summary=summary,
-        sections=[section.run_id for section in sections],
+        path=document.path, words=len(text.split()), summary=summary, sections=sections
     )
+
+
+async def fan_out(path: Path, parts: list[str]) -> list[str]:
+    """Ask for a run for each section, and return their ids."""
+    sections = [Section(path=path, number=n, text=part) for n, part in enumerate(parts, start=1)]
+    return [run.run_id for run in await process_section.trigger_many(sections)]
 
 
 @app.task(concurrency=20, timeout="1m")
@@ -78,11 +87,3 @@ def process_section(section: Section) -> SectionReport:
         words=len(section.text.split()),
         keywords=keywords(section.text),
     )
-
-
-def fetch(path: Path) -> str:
-    """Return the text of a document; a retry does not help one that is no text."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise Abort(f"{path.name} is not text: {error.reason} at byte {error.start}") from error
