@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, cast
 
 from brokertask import Context
 
 VARIABLE = "CRASH_JOURNAL"
 DURABLE_VARIABLE = "CRASH_JOURNAL_DURABLE"
-Fact: TypeAlias = Literal["started", "finished", "left"]
+STARTED = "started"
+ENDED = ("finished", "left")
 """`left`: the body ended by an exception, or was cancelled."""
 
 
@@ -27,7 +27,8 @@ Fact: TypeAlias = Literal["started", "finished", "left"]
 class Entry:
     """One line."""
 
-    fact: Fact
+    fact: str
+    """`started`, `finished` or `left`; what else a task tells, such as a step it does."""
     run_id: str
     task: str
     attempt: int
@@ -42,7 +43,7 @@ class Pen:
     def __init__(self) -> None:
         self._descriptor: int | None = None
 
-    def write(self, fact: Fact, context: Context) -> None:
+    def write(self, fact: str, context: Context) -> None:
         if self._descriptor is None:
             flags = os.O_APPEND | os.O_CREAT | os.O_WRONLY
             self._descriptor = os.open(os.environ[VARIABLE], flags)
@@ -83,7 +84,7 @@ class Journal:
         self._catch_up()
         return self._finished
 
-    def of(self, run_id: str, fact: Fact | None = None) -> list[Entry]:
+    def of(self, run_id: str, fact: str | None = None) -> list[Entry]:
         return [
             entry
             for entry in self.entries
@@ -95,9 +96,9 @@ class Journal:
         open_: dict[tuple[int, str, int], Entry] = {}
         for entry in self.entries:
             key = entry.pid, entry.run_id, entry.attempt
-            if entry.fact == "started":
+            if entry.fact == STARTED:
                 open_[key] = entry
-            else:
+            elif entry.fact in ENDED:
                 open_.pop(key, None)
         return list(open_.values())
 
@@ -107,7 +108,7 @@ class Journal:
         most: dict[str, int] = defaultdict(int)
         for entry in self.entries:
             key = entry.pid, entry.task
-            now[key] += 1 if entry.fact == "started" else -1
+            now[key] += (entry.fact == STARTED) - (entry.fact in ENDED)
             most[entry.task] = max(most[entry.task], now[key])
         return dict(most)
 
@@ -126,5 +127,5 @@ class Journal:
 
 
 def _entry(line: str) -> Entry:
-    fact, run_id, task, attempt, pid, at = line.split(" ")
-    return Entry(cast("Fact", fact), run_id, task, int(attempt), int(pid), float(at))
+    fact, run_id, task, attempt, pid, at = line.rsplit(" ", 5)
+    return Entry(fact, run_id, task, int(attempt), int(pid), float(at))

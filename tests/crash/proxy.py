@@ -81,6 +81,10 @@ class Proxy:
         """Sees all bytes before they pass, and may change them, or the fate of their passage."""
         self._passages: dict[Passage, asyncio.Task[None]] = {}
 
+    def lead_to(self, url: str) -> None:
+        """Connect whoever comes next to another broker."""
+        self._behind = urlsplit(url)
+
     async def __aenter__(self) -> Proxy:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         port = self._server.sockets[0].getsockname()[1]

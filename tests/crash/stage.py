@@ -282,13 +282,16 @@ class Stage:
         answer = self.node.api("POST", f"/api/exchanges/{vhost}/{exchange}/publish", message)
         assert answer["routed"]
 
+    async def until_told(self, run_id: str, fact: str, *, times: int = 1) -> list[Entry]:
+        """Return what the run told so often, once it has."""
+        await eventually(
+            lambda: len(self.journal.of(run_id, fact)) >= times, f"{fact!r} number {times}"
+        )
+        return self.journal.of(run_id, fact)
+
     async def until_started(self, run_id: str, *, times: int = 1) -> list[Entry]:
         """Return the run's starts once there are so many."""
-        await eventually(
-            lambda: len(self.journal.of(run_id, "started")) >= times,
-            f"start number {times} of {run_id}",
-        )
-        return self.journal.of(run_id, "started")
+        return await self.until_told(run_id, "started", times=times)
 
     async def until_finished(self, run_id: str, *, timeout: float = SECONDS) -> None:
         """Return once the run's body came to its end."""

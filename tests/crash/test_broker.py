@@ -120,7 +120,7 @@ async def test_a_run_longer_than_the_consumer_timeout_runs_once(
         worker = await frail.worker()
         run = await frail.trigger("held", str(gate))
         await frail.until_started(run.run_id)
-        await worker.said("delivery acknowledgement on channel", timeout=20)
+        await worker.said("consumer of bt.q.held ended", timeout=20)
         await worker.said("consumer of bt.q.held resumed")
         gate.open()
         assert await run.result(timeout=15) == str(gate)
@@ -139,7 +139,7 @@ async def test_after_a_consumer_timeout_two_workers_lose_nothing(
         runs = [await frail.trigger("held", str(gate)) for _ in range(4)]
         for run in runs:
             await frail.until_started(run.run_id)
-        await worker.said("delivery acknowledgement on channel", times=2, timeout=20)
+        await worker.said("consumer of bt.q.held ended", times=2, timeout=20)
         gate.open()
         await frail.check()
     finally:

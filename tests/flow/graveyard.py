@@ -6,8 +6,9 @@ import asyncio
 from dataclasses import replace
 
 from brokertask.deadletter import bury, bury_raw
-from brokertask.envelope import Envelope, Memory, Message
+from brokertask.envelope import Envelope, Message
 from brokertask.errors import Reason
+from brokertask.memory import Memory
 from brokertask.outcome import AttemptError, Failed
 from brokertask.topology import Names, QueueOptions, TaskQueue, Topology
 from brokertask.transport.base import Delivery, Transport

@@ -25,6 +25,7 @@ import typer.main
 
 from brokertask import App, Settings, Worker
 from brokertask.portal import portal
+from infra.rabbitmq.installation import VARIABLE as RELEASE_VARIABLE
 from tests.conftest import NODE_VARIABLE
 from tests.house.pages import INDEX, README, ROOT, Block, Page, pages, read
 
@@ -235,7 +236,7 @@ def test_every_setting_named_exists(page: Page) -> None:
     text = page.path.read_text(encoding="utf-8")
     named = set(re.findall(r"\bBROKERTASK_[A-Z][A-Z_]*\b", text))
     known = {f"BROKERTASK_{name.upper()}" for name in Settings.model_fields}
-    assert named <= {*known, *variables(cli()), NODE_VARIABLE}
+    assert named <= {*known, *variables(cli()), NODE_VARIABLE, RELEASE_VARIABLE}
 
 
 # --- links --------------------------------------------------------------------------------------

@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from brokertask.claim import CLAIM, Claim
 from brokertask.deadletter import bury, bury_raw
-from brokertask.envelope import Envelope, Memory, Message
+from brokertask.envelope import Envelope, Message
 from brokertask.events import Event
+from brokertask.memory import Memory, Step
 from brokertask.outcome import AttemptError, Failed
 
 FOLDER: Final = Path(__file__).parent / "v1"
@@ -65,6 +67,22 @@ REDRIVEN: Final = CONTINUATION.redriven(
     trace={"traceparent": "00-11111111111111111111111111111111-2222222222222222-00"},
     now_ms=T0 + 86_400_000,
 )
+# what the payload and the result of a step are claims for
+SCAN: Final = Claim("2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae", 3_145_728)
+TEXT: Final = Claim("fcde2b2edba56bf408601fb721fe9b5c338d10ee429ea04fae5511b68fbf8fb9", 70_000)
+CLAIMED: Final = replace(
+    TRIGGER,
+    payload=b"\x82\xa6sha256\xd9\x40" + SCAN.sha256.encode() + b"\xa4size\xce\x00\x30\x00\x00",
+    content_type=CLAIM,
+    seq=2,
+    memory=Memory(
+        steps=(
+            Step("fetch", "app.fetch", "", TEXT),
+            # the number 3
+            Step("count", "app.count", "fetch", b"\x03"),
+        )
+    ),
+)
 BARE: Final = Envelope(
     run_id="ffc70197-8c94-5110-8248-18ac6a417db5",
     task="process_document",
@@ -84,6 +102,7 @@ ENVELOPES: Final[Mapping[str, Envelope]] = {
     "continuation": CONTINUATION,
     "delayed": DELAYED,
     "redriven": REDRIVEN,
+    "claimed": CLAIMED,
 }
 FOREIGN: Final[Mapping[str, Envelope]] = {"bare": BARE, "json": JSON_TRIGGER}
 
@@ -99,6 +118,7 @@ COMPLETED: Final = Event(
 )
 EVENTS: Final[Mapping[str, Event]] = {
     "event_completed": COMPLETED,
+    "event_claimed": replace(COMPLETED, result=None, claim=TEXT),
     "event_retrying": replace(
         COMPLETED, event="retrying", attempt=2, result=None, error=SECOND, delay_ms=2_000
     ),

@@ -14,10 +14,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from brokertask import EnvelopeError
+from brokertask.claim import CLAIM, Claim
 from brokertask.deadletter import DeadLetter, bury, bury_raw
-from brokertask.envelope import MAX_HEADERS_BYTES, Envelope, Memory, Message
+from brokertask.envelope import MAX_HEADERS_BYTES, Envelope, Message
 from brokertask.errors import REASONS
 from brokertask.events import Event
+from brokertask.memory import Memory
 from brokertask.outcome import AttemptError, Failed
 from brokertask.transport.base import own_headers
 from brokertask.values import JSON, LAST_INSTANT_MS, MSGPACK, decode, encode
@@ -123,7 +125,7 @@ messages = st.builds(
     body=bodies,
     message_id=st.none() | any_text,
     type=properties,
-    content_type=st.sampled_from([None, MSGPACK, JSON, "text/plain", "", ";"]) | properties,
+    content_type=st.sampled_from([None, MSGPACK, JSON, CLAIM, "text/plain", "", ";"]) | properties,
     content_encoding=properties,
     app_id=properties,
     reply_to=properties,
@@ -220,6 +222,18 @@ def test_a_payload_is_decoded_or_refused(message: Message) -> None:
         assert len(str(error)) < 400
 
 
+@given(bodies | st.dictionaries(st.sampled_from(["sha256", "size"]), plain_values).map(encode))
+@settings(max_examples=200)
+def test_a_claim_is_read_or_refused(body: bytes) -> None:
+    envelope = Envelope(run_id="r", task="a", payload=body, content_type=CLAIM)
+    claim, error = attempted(envelope.claim)
+    if error is not None:
+        assert error.reason in ("undecodable", "too_deep")
+    else:
+        assert claim is not None
+        assert Claim.unpack(claim.pack()) == claim
+
+
 @given(messages)
 @settings(max_examples=200)
 def test_a_dead_letter_can_always_be_seen(message: Message) -> None:
@@ -228,6 +242,7 @@ def test_a_dead_letter_can_always_be_seen(message: Message) -> None:
     assert len(dead.reason) <= 128
     assert dead.run_id
     assert dead.meaning
+    assert dead.claim is None or dead.claim.size >= 0
     # Encodable, so that it can be printed.
     f"{dead.run_id}{dead.reason}{dead.tags}".encode()
 

@@ -9,6 +9,7 @@ from brokertask.deadletter import DeadLetter
 from brokertask.envelope import Envelope
 from brokertask.events import Event
 from tests.wire.samples import (
+    CLAIMED,
     CONTINUATION,
     ENVELOPES,
     EVENTS,
@@ -18,8 +19,10 @@ from tests.wire.samples import (
     LAST,
     LIMIT,
     NO_RUN,
+    SCAN,
     SECOND,
     T0,
+    TEXT,
     UNREAD,
     Golden,
     written,
@@ -78,6 +81,26 @@ def test_another_languages_msgpack_finds_the_memory() -> None:
     assert msgpack.unpackb(golden.body[:offset]) == {"path": "a.txt", "pages": 3}
     (first, second) = msgpack.unpackb(golden.body[offset:])["errors"]
     assert (first["message"], second["type"]) == ("zu früh", "app.errors.Busy")
+
+
+def test_another_languages_msgpack_finds_the_claims() -> None:
+    golden = Golden.load("claimed")
+    offset = golden.message.headers["bt-memory"]
+    assert isinstance(offset, int)
+    assert golden.message.content_type == "application/vnd.brokertask.claim+msgpack"
+    assert msgpack.unpackb(golden.body[:offset]) == {"sha256": SCAN.sha256, "size": SCAN.size}
+    claimed, plain = msgpack.unpackb(golden.body[offset:])["steps"]
+    text = {"sha256": TEXT.sha256, "size": TEXT.size}
+    assert claimed == ["fetch", "app.fetch", "", None, text]
+    assert plain == ["count", "app.count", "fetch", b"\x03"]
+    event = msgpack.unpackb(Golden.load("event_claimed").body)
+    assert (event["claim"], event.get("result")) == (text, None)
+
+
+def test_a_claim_is_read() -> None:
+    message = Golden.load("claimed").message
+    envelope = Envelope.read(message, task="process_document", max_bytes=LIMIT)
+    assert (envelope.claim(), envelope.payload) == (SCAN, CLAIMED.payload)
 
 
 def test_every_golden_file_is_looked_at() -> None:
