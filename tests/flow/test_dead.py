@@ -509,14 +509,16 @@ class Dropping(MemoryTransport):
         self._drop = broker.drop_connections
         self._left = 3
 
-    async def consume(self, queue: str, receive: Receive, *, prefetch: int) -> Consumer:
+    async def consume(
+        self, queue: str, receive: Receive, *, prefetch: int, limited: bool = False
+    ) -> Consumer:
         def counted(delivery: Delivery) -> None:
             receive(delivery)
             self._left -= 1
             if self._left == 0:
                 self._drop()
 
-        return await super().consume(queue, counted, prefetch=prefetch)
+        return await super().consume(queue, counted, prefetch=prefetch, limited=limited)
 
 
 async def test_a_connection_lost_while_looking_is_looked_through_again() -> None:
@@ -553,7 +555,7 @@ async def test_what_is_no_longer_held_is_not_redriven() -> None:
 async def test_a_selection_holds_so_much_and_says_what_is_left(
     transport: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("brokertask.deadletters.MAX_HELD_BYTES", 3_000)
+    monkeypatch.setattr("brokertask.letterbox.MAX_HELD_BYTES", 3_000)
     await put(transport, *(dead(trigger(f"run-{number}", "x" * 1_000)) for number in range(9)))
     left = 9
     while left:
@@ -568,14 +570,16 @@ async def test_a_selection_holds_so_much_and_says_what_is_left(
 
 
 class Stuck(MemoryTransport):
-    """A transport whose queue never delivers."""
+    """A transport whose queue never delivers: it reads another, which is empty."""
 
-    async def consume(self, queue: str, receive: Receive, *, prefetch: int) -> Consumer:
-        return await super().consume(queue, lambda _: None, prefetch=0)
+    async def consume(
+        self, queue: str, receive: Receive, *, prefetch: int, limited: bool = False
+    ) -> Consumer:
+        return await super().consume(WORK, receive, prefetch=prefetch, limited=limited)
 
 
 async def test_a_queue_that_does_not_deliver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("brokertask.deadletters.QUIET", 0.01)
+    monkeypatch.setattr("brokertask.letterbox.QUIET", 0.01)
     broker = MemoryBroker()
     transport = Stuck(broker)
     await transport.open(timeout=SECONDS)

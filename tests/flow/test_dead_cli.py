@@ -14,11 +14,15 @@ from typing import Any
 
 import pytest
 
-from brokertask.envelope import Message
-from brokertask.values import decode
+from brokertask import deadletter
+from brokertask.envelope import Envelope, Message
+from brokertask.memory import Memory, Step
+from brokertask.outcome import Failed
+from brokertask.values import decode, encode
 from tests.flow.commandline import SECONDS, Place, command, place
 from tests.flow.graveyard import (
     NAMES,
+    NOW_MS,
     at_work,
     dead,
     dead_raw,
@@ -67,6 +71,26 @@ async def bury(shop: Place, *messages: Message) -> None:
     async with shop.transport() as transport:
         await put(transport, *messages)
         await until_dead(transport, len(messages))
+
+
+STEPS = (
+    Step("reserve", "shop.reserve", "", encode("seat 7")),
+    Step("charge", "shop.charge", "reserve", encode({"receipt": 1})),
+)
+DONE = Memory(steps=STEPS, metadata={"customer": "acme"})
+
+
+def stepped(run_id: str, memory: Memory = DONE, *, seq: int = 2) -> Message:
+    """A run that died in its second attempt, with what it had finished by then."""
+    run = trigger(run_id, {"order": 7}, attempt=2, seq=seq, memory=memory.with_error(failure()))
+    return deadletter.bury(run, Failed("max_attempts", failure(attempt=2)), now_ms=NOW_MS)
+
+
+async def redriven(shop: Place) -> Envelope:
+    """Take the one run that is at work."""
+    async with shop.transport() as transport:
+        (message,) = await take(transport, NAMES.queue("charge"), 1)
+    return Envelope.read(message, task="charge", max_bytes=1_000)
 
 
 async def counts(shop: Place) -> tuple[int, int]:
@@ -196,6 +220,54 @@ async def test_redrive_does_what_was_asked(shop: Place) -> None:
     assert frozen.startswith("Selection frozen: 2 runs, 1 task, 1 error group, oldest ")
     assert told == "2 redriven"
     assert await counts(shop) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "memory", "order"),
+    [
+        ((), DONE, 7),
+        (("--forget",), Memory(), 7),
+        (("--payload", '{"order": 8}'), Memory(), 8),
+    ],
+)
+async def test_redrive_keeps_finished_steps_unless_they_are_forgotten(
+    shop: Place, words: tuple[str, ...], memory: Memory, order: int
+) -> None:
+    await bury(shop, stepped("run-1"))
+    done = await shop.brokertask("dead", "redrive", "--task", "charge", "--yes", *words)
+    assert (done.code, done.err) == (0, "")
+    envelope = await redriven(shop)
+    assert (envelope.run_id, envelope.attempt) == ("run-1", 1)
+    assert envelope.memory == memory
+    assert envelope.value() == {"order": order}
+
+
+@pytest.mark.parametrize("older_first", [True, False])
+async def test_of_two_dead_letters_of_a_run_the_furthest_is_redriven(
+    shop: Place, older_first: bool
+) -> None:
+    older = stepped("run-1", Memory(steps=STEPS[:1]), seq=2)
+    furthest = stepped("run-1", seq=4)
+    await bury(shop, *((older, furthest) if older_first else (furthest, older)))
+    done = await shop.brokertask("dead", "redrive", "--task", "charge", "--yes", "--json")
+    assert done.code == 1
+    told = {run["status"]: run for run in done.json()["runs"]}
+    assert set(told) == {"redriven", "failed"}
+    assert told["failed"]["run_id"] == "run-1"
+    assert "it is message 3 of it, and number 5 is dead as well" in told["failed"]["detail"]
+    envelope = await redriven(shop)
+    assert (envelope.seq, envelope.memory) == (6, DONE)
+    async with shop.transport() as transport:
+        (left,) = await take(transport, NAMES.dead_queue("charge"), 1)
+    assert (left.body, left.headers["bt-seq"]) == (older.body, 3)
+
+
+async def test_dead_letters_of_one_id_that_may_be_of_two_runs_are_all_redriven(
+    shop: Place,
+) -> None:
+    await bury(shop, *(dead(trigger("run-1", number, id_derived=True)) for number in range(2)))
+    done = await shop.brokertask("dead", "redrive", "--task", "charge", "--yes")
+    assert (done.code, await counts(shop)) == (0, (0, 2))
 
 
 async def test_redrive_as_json(shop: Place) -> None:

@@ -68,11 +68,11 @@ async def test_all_is_well(shop: Place) -> None:
     assert done.err == ""
     lines = done.out.splitlines()
     assert lines[-1] == "0 failed, 0 to look at"
-    assert [line.split()[:2] for line in lines[:9]] == [
+    assert [line.split()[:2] for line in lines[:8]] == [
         ["✔", name]
         for name in (
             *("settings", "broker", "topology", "publishing", "results", "delays", "clock"),
-            *("queues", "timeouts"),
+            "queues",
         )
     ]
     assert "guest:guest" not in done.out
@@ -123,7 +123,7 @@ async def test_a_topology_that_is_missing(
     )
     assert checks["topology"]["fix"].startswith("brokertask topology apply")
     assert done.code == code
-    assert list(checks) == ["settings", "broker", "topology", "timeouts", "traces"]
+    assert list(checks) == ["settings", "broker", "topology", "traces"]
 
 
 async def test_a_topology_that_differs(rabbit: Place) -> None:
@@ -225,12 +225,6 @@ async def test_a_delay_that_never_ends(shop: Place) -> None:
     _, checks = await examined(shop)
     assert checks["delays"]["status"] == "failed"
     assert "did not come back in 5.0 s" in checks["delays"]["detail"]
-
-
-async def test_a_task_longer_than_the_brokers_patience(rabbit: Place) -> None:
-    done, checks = await examined(rabbit, "--app", "tasks", BROKERTASK_CONSUMER_TIMEOUT="30")
-    assert done.code == 1
-    assert checks["timeouts"]["detail"].startswith("charge: it may hold a message for 1m")
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from brokertask.topology import (
     Topology,
     topology,
 )
+from infra.rabbitmq.node import Node
 from tests.contract.conftest import SECONDS, until_ready
 from tests.flow.commandline import Place, place
 
@@ -35,13 +37,22 @@ async def charge(order: int) -> None: ...
 @app.task(timeout=60, queue=Queue(max_length=100))
 async def refund(order: int) -> None: ...
 """
-SLOW = """
-
-@app.task(timeout=7200)
-async def render(frame: int) -> None: ...
+PATIENT = """
 
 @app.task(retry=Retry(max_attempts=5, min_delay="1d", max_delay="7d"))
 async def remind(whom: str) -> None: ...
+"""
+BROKEN = """
+from dataclasses import replace
+from brokertask import topology
+
+class Shop(App):
+    def topology(self):
+        whole = super().topology()
+        own = topology.Queue("bt.own", {"x-queue-type": "quorum", "x-delivery-limit": 5})
+        return replace(whole, queues=(*whole.queues, own))
+
+app.__class__ = Shop
 """
 WHOLE = topology(NAMES, [TaskQueue("charge"), TaskQueue("refund", QueueOptions(max_length=100))])
 
@@ -136,20 +147,67 @@ async def test_check_finds_nothing_in_a_healthy_app(shop: Place) -> None:
 
 async def test_check_without_a_broker(tmp_path: Path) -> None:
     nowhere = Place(tmp_path, "amqp://127.0.0.1:1/")
-    nowhere.write("tasks.py", TASKS + SLOW)
-    done = await nowhere.brokertask("topology", "check", "--app", "tasks", "--offline", "--json")
+    nowhere.write("tasks.py", TASKS + PATIENT + BROKEN)
+    words = ("topology", "check", "--app", "tasks", "--offline")
+    done = await nowhere.brokertask(*words, "--json")
     assert done.code == 1
     found = {(one["level"], one["where"]): one for one in done.json()}
-    assert set(found) == {("error", "render"), ("note", "remind")}
-    assert "consumer_timeout = 7500000" in found["error", "render"]["fix"]
-    environment = {"BROKERTASK_CONSUMER_TIMEOUT": "3h"}
-    words = ("topology", "check", "--app", "tasks", "--offline")
-    done = await nowhere.brokertask(*words, **environment)
+    assert set(found) == {("error", "bt.own"), ("note", "remind")}
+    assert "dropped after 5 lost deliveries" in found["error", "bt.own"]["what"]
+    assert found["error", "bt.own"]["fix"] == "set the dead-letter exchange"
+    done = await nowhere.brokertask(*words)
+    assert done.out.endswith("\n1 error, 0 warnings, 1 note\n")
+    nowhere.write("tasks.py", TASKS + PATIENT + PATIENT.replace("remind", "renew"))
+    done = await nowhere.brokertask(*words)
     assert done.code == 0
-    assert done.out.endswith("0 errors, 0 warnings, 2 notes\n")
+    assert done.out.endswith("\n0 errors, 0 warnings, 2 notes\n")
     environment = {"BROKERTASK_CONNECT_TIMEOUT": "0.2"}
     done = await nowhere.brokertask("topology", "check", "--app", "tasks", **environment)
     assert done.code == 4
+
+
+async def test_check_finds_what_is_missing(shop: Place) -> None:
+    words = ("topology", "check", "--app", "tasks")
+    done = await shop.brokertask(*words)
+    count = len(WHOLE.exchanges) + len(WHOLE.queues)
+    assert (done.code, done.out.splitlines()) == (
+        1,
+        [
+            f"✗ topology: {count} queues and exchanges are missing, such as bt.dead",
+            "    fix: brokertask topology apply --app MODULE:APP",
+            "1 error, 0 warnings, 0 notes",
+        ],
+    )
+    kept = tuple(one for one in WHOLE.queues if one.name != NAMES.dead_queue("refund"))
+    bound = tuple(one for one in WHOLE.bindings if one.queue != NAMES.dead_queue("refund"))
+    await declare(shop, replace(WHOLE, queues=kept, bindings=bound))
+    done = await shop.brokertask(*words, "--json")
+    (found,) = done.json()
+    assert (done.code, found["what"]) == (1, "bt.dead.refund is missing")
+    done = await shop.brokertask(*words, "--offline")
+    assert (done.code, done.out) == (0, "0 errors, 0 warnings, 0 notes\n")
+
+
+async def test_check_needs_no_rights(amqp_url: str, rabbitmq_node: Node, tmp_path: Path) -> None:
+    name, vhost = f"user-{uuid.uuid4().hex[:8]}", amqp_url.rpartition("/")[2]
+    rabbitmq_node.api("PUT", f"/api/users/{name}", {"password": "secret", "tags": ""})
+    nothing = dict.fromkeys(("configure", "write", "read"), "^$")
+    rabbitmq_node.api("PUT", f"/api/permissions/{vhost}/{name}", nothing)
+    shop = Place(tmp_path, amqp_url)
+    shop.write("tasks.py", TASKS)
+    await declare(shop, topology(NAMES, [TaskQueue("charge")]))
+    powerless = Place(tmp_path, amqp_url.replace("guest:guest", f"{name}:secret"))
+    done = await powerless.brokertask("topology", "check", "--app", "tasks", "--json")
+    assert done.out, done.err
+    (found,) = done.json()
+    assert (done.code, found["what"]) == (
+        1,
+        "3 queues and exchanges are missing, such as bt.q.refund",
+    )
+    await declare(shop, WHOLE)
+    done = await powerless.brokertask("topology", "check", "--app", "tasks")
+    assert (done.code, done.out) == (0, "0 errors, 0 warnings, 0 notes\n")
+    rabbitmq_node.api("DELETE", f"/api/users/{name}")
 
 
 async def test_check_finds_what_waits_on_the_broker(shop: Place) -> None:
@@ -180,6 +238,7 @@ async def test_an_app_is_needed(shop: Place) -> None:
     done = await shop.brokertask("topology", "plan")
     assert done.code == 2
     assert "--app" in done.err
+    await declare(shop, WHOLE)
     done = await shop.brokertask("topology", "check", BROKERTASK_APP="tasks:app")
     assert "Traceback" not in done.err
     assert done.code == 0

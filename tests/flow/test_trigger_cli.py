@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -26,8 +27,9 @@ TASKS = """
 import asyncio
 from datetime import date
 from pydantic import BaseModel
-from brokertask import Abort, App, Context, Retry
+from brokertask import Abort, App, Context, Retry, steps
 
+steps.SLEEP_IN_PLACE = 0.1
 app = App("shop")
 
 class Order(BaseModel):
@@ -52,8 +54,15 @@ async def charge(order: Order, ctx: Context) -> Receipt:
 @app.task
 async def nothing() -> None:
     await asyncio.sleep(0)
+
+@app.task
+async def dream(ctx: Context) -> None:
+    ctx.metadata["mood"] = "calm"
+    await asyncio.sleep(0.05)
+    ctx.progress(1.5, 4)
+    await ctx.sleep(0.4)
 """
-WHOLE = topology(NAMES, [TaskQueue("charge"), TaskQueue("nothing")])
+WHOLE = topology(NAMES, [TaskQueue("charge"), TaskQueue("nothing"), TaskQueue("dream")])
 
 
 @pytest.fixture(params=["socket", "rabbitmq"])
@@ -205,6 +214,17 @@ async def test_following_prints_a_line_for_each_event(shop: Place) -> None:
         )
     assert three == "✔ completed in attempt 3"
     assert "\x1b" not in done.out
+
+
+async def test_following_shows_sleeps_and_progress(shop: Place) -> None:
+    async with working(shop):
+        done = await shop.brokertask("trigger", "dream", "--follow", "--run-id", "run-1")
+    assert (done.code, done.err) == (0, "")
+    first, before, asleep, after, last = done.out.splitlines()
+    assert first == "run-1"
+    assert before == after == "1.5 of 4 done"
+    assert re.fullmatch(r"sleeps for [34]\d\d ms", asleep)
+    assert last == "✔ completed in attempt 1"
 
 
 async def failed(shop: Place, *words: str) -> Done:

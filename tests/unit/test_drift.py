@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from brokertask import Settings
-from brokertask.drift import Plan, observe, plan
+from brokertask.drift import Plan, lacking, observe, plan
 from brokertask.lint import Finding, Limits, lint
 from brokertask.topology import (
     Argument,
@@ -25,8 +24,7 @@ from brokertask.transport.base import Difference
 from brokertask.transport.memory import MemoryBroker, MemoryTransport
 
 NAMES = Names("bt")
-SETTINGS = Settings()
-PLAIN = Limits(task="charge", timeout=60, longest_delay=60, bounded=False)
+PLAIN = Limits(task="charge", longest_delay=60, bounded=False)
 WHOLE = topology(NAMES, [TaskQueue("charge"), TaskQueue("refund", QueueOptions(max_length=9))])
 
 
@@ -45,8 +43,8 @@ def _dashed(arguments: dict[str, Argument | None]) -> dict[str, Any]:
     return {name.replace("_", "-"): value for name, value in arguments.items()}
 
 
-def found(checked: Topology, *tasks: Limits, settings: Settings = SETTINGS) -> list[Finding]:
-    return lint(checked, tasks or [PLAIN], settings)
+def found(checked: Topology, *tasks: Limits) -> list[Finding]:
+    return lint(checked, tasks or [PLAIN], NAMES)
 
 
 def test_what_brokertask_makes_keeps_its_own_rules() -> None:
@@ -168,37 +166,6 @@ def test_bindings_and_alternates_must_lead_somewhere() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("timeout", "bounded", "level"),
-    [
-        (1_799, False, None),
-        (1_800, False, "error"),
-        (899, True, None),
-        (900, True, "warning"),
-        (1_800, True, "error"),
-        (None, False, "note"),
-    ],
-)
-def test_a_timeout_is_compared_with_the_brokers(
-    timeout: float | None, bounded: bool, level: str | None
-) -> None:
-    task = replace(PLAIN, timeout=timeout, bounded=bounded)
-    assert [one.level for one in found(WHOLE, task)] == ([] if level is None else [level])
-
-
-def test_the_mend_of_a_timeout_names_every_place() -> None:
-    (problem,) = found(WHOLE, replace(PLAIN, timeout=7_200))
-    for part in (
-        "`consumer_timeout = 7500000` in rabbitmq.conf",
-        "consumer-timeout 7500000",
-        "BROKERTASK_CONSUMER_TIMEOUT=7500 here",
-        "split the task",
-    ):
-        assert part in problem.fix
-    longer = Settings(consumer_timeout=7_500)
-    assert found(WHOLE, replace(PLAIN, timeout=7_200), settings=longer) == []
-
-
 def test_delays_beyond_the_ladder_are_noted() -> None:
     assert found(WHOLE, replace(PLAIN, longest_delay=86_400)) == []
     (note,) = found(WHOLE, replace(PLAIN, longest_delay=86_401))
@@ -206,9 +173,9 @@ def test_delays_beyond_the_ladder_are_noted() -> None:
 
 
 def test_errors_come_first() -> None:
-    tasks = [replace(PLAIN, timeout=None), replace(PLAIN, timeout=9_999, task="render")]
-    levels = [one.level for one in found(changed("bt.q.charge", foo=1), *tasks)]
-    assert levels == ["error", "error", "note"]
+    slow = replace(PLAIN, longest_delay=86_401)
+    broken = changed("bt.q.charge", foo=1, x_max_length=5)
+    assert [one.level for one in found(broken, slow)] == ["error", "error", "note"]
 
 
 class Differing(MemoryTransport):
@@ -301,14 +268,35 @@ async def test_an_empty_broker_lacks_everything_and_holds_nothing() -> None:
     broker = MemoryBroker()
     transport = MemoryTransport(broker)
     await transport.open(timeout=1)
-    lacking = await plan(transport, WHOLE)
-    assert lacking.mismatches == []
-    assert len(lacking.missing) == len(WHOLE.exchanges) + len(WHOLE.queues)
+    empty = await plan(transport, WHOLE)
+    assert empty.mismatches == []
+    assert len(empty.missing) == len(WHOLE.exchanges) + len(WHOLE.queues)
     assert await observe(transport, NAMES, [PLAIN]) == []
     await transport.declare(WHOLE)
     assert (await plan(transport, WHOLE)).changes == ()
+    assert await lacking(transport, WHOLE) == []
     await transport.close()
     broker.close()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("missing", "what"),
+    [
+        ((queue("bt.q.refund"),), "bt.q.refund is missing"),
+        (
+            (queue("bt.q.refund"), WHOLE.exchanges[0]),
+            "2 queues and exchanges are missing, such as bt.tasks",
+        ),
+    ],
+)
+async def test_what_is_missing_is_one_error(
+    missing: tuple[Exchange | Queue, ...], what: str
+) -> None:
+    differing = Differing(*(Difference(item, missing=True) for item in missing))
+    (problem,) = await lacking(differing, WHOLE)
+    assert (problem.level, problem.what) == ("error", what)
+    assert problem.fix == "brokertask topology apply --app MODULE:APP"
 
 
 @pytest.mark.anyio

@@ -3,7 +3,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -11,26 +11,27 @@ from typing import Any
 import pytest
 
 from brokertask import EnvelopeError, InvalidPayload, PayloadTooLarge
+from brokertask.claim import Claim
 from brokertask.deadletter import DeadLetter, bury, bury_raw
 from brokertask.envelope import (
-    KEPT_ERRORS,
     MAX_HEADERS_BYTES,
-    MAX_MEMORY_BYTES,
     MAX_TRACEBACK,
     Envelope,
-    Memory,
     Message,
     check_headers,
     derived_id,
     run_id_of,
 )
-from brokertask.events import COMPLETED, EXPIRED, FAILED, RETRYING, Event, event_of
+from brokertask.events import COMPLETED, EXPIRED, FAILED, RETRYING, SLEEPING, Event, event_of
+from brokertask.memory import KEPT_ERRORS, MAX_ERRORS_BYTES, Memory, Step
 from brokertask.outcome import (
     AttemptError,
+    Early,
     Expired,
     Failed,
     Interrupted,
     Outcome,
+    Repeated,
     Retrying,
     Sleeping,
     Succeeded,
@@ -39,6 +40,12 @@ from brokertask.values import JSON, LAST_INSTANT_MS, MAX_COLLECTION, MSGPACK, cl
 
 LIMIT = 1_048_576
 ERROR = AttemptError(1, "ValueError", "no", 1_700_000_000_000, "host-1-ab", "Traceback …")
+STEPS = (
+    Step("fetch", "shop.fetch", "", encode({"page": [1, 2]})),
+    Step("fetch#2", "shop.fetch", "fetch", Claim.of(b"a large page")),
+    Step("tidy", "shop.tidy", None, encode(None)),
+)
+FULL = Memory((ERROR,), STEPS, {"customer": "acme", "seen": [1, b"\x00"]})
 TRIGGER = Envelope(run_id="r", task="a", payload=b"\x01", triggered_ms=1_000, sent_ms=1_000)
 
 
@@ -238,9 +245,51 @@ def test_memory_keeps_the_first_and_the_latest_errors() -> None:
 
 
 def test_memory_of_a_newer_version_is_read_for_what_is_known() -> None:
-    raw = {"errors": [{**_plain(ERROR), "colour": "red"}], "steps": {"fetch": 1}}
-    assert Memory.unpack(encode(raw)) == Memory((ERROR,))
-    assert Memory.unpack(encode({"steps": {}})) == Memory()
+    raw = {
+        "errors": [{**_plain(ERROR), "colour": "red"}],
+        "steps": [["fetch", "shop.fetch", "", b"\x01", {"colour": "red"}]],
+        "metadata": {"customer": "acme"},
+        "children": [1],
+    }
+    known = Memory((ERROR,), (Step("fetch", "shop.fetch", "", b"\x01"),), {"customer": "acme"})
+    assert Memory.unpack(encode(raw)) == known
+    assert Memory.unpack(encode({"steps": []})) == Memory()
+
+
+def test_a_claim_of_a_newer_version_is_read_for_what_is_known() -> None:
+    claim = Claim.of(b"a large page")
+    raw = ["fetch", "f", "", None, {**asdict(claim), "store": "west"}, "more"]
+    assert Memory.unpack(encode({"steps": [raw]})).steps == (Step("fetch", "f", "", claim),)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        Memory(),
+        FULL,
+        Memory(steps=STEPS),
+        Memory(metadata={"customer": "acme"}),
+        FULL.with_error(ERROR),
+    ],
+    ids=["empty", "all", "steps", "metadata", "errors"],
+)
+def test_what_is_remembered_is_read_as_it_was_written(memory: Memory) -> None:
+    assert Memory.unpack(memory.pack()) == memory
+    envelope = replace(TRIGGER, memory=memory)
+    assert read(envelope.message()) == envelope
+
+
+def test_nothing_to_remember_takes_no_byte() -> None:
+    assert Memory().pack() == b""
+    assert "bt-memory" not in TRIGGER.message().headers
+
+
+def test_the_size_of_a_memory_is_that_of_steps_and_metadata() -> None:
+    memory = replace(FULL, errors=())
+    framing = len(encode({"steps": [], "metadata": {}})) - len(encode({}))
+    assert len(memory.pack()) - memory.size == framing
+    assert memory.with_error(ERROR).size == memory.size
+    assert memory.largest(1) == [("fetch#2", max(len(step.packed) for step in STEPS))]
 
 
 def _plain(error: AttemptError) -> dict[str, object]:
@@ -259,11 +308,28 @@ def _plain(error: AttemptError) -> dict[str, object]:
         {"errors": [{**_plain(ERROR), "attempt": "1"}]},
         {"errors": [{**_plain(ERROR), "at_ms": LAST_INSTANT_MS + 1}]},
         {"errors": [{**_plain(ERROR), "message": None}]},
+        {"steps": 5},
+        {"steps": {"fetch": 1}},
+        {"steps": [["fetch", "f", ""]]},
+        {"steps": [["fetch", "f", "", "text"]]},
+        {"steps": [["fetch", "f", "", None]]},
+        {"steps": [["fetch", "f", 1, b"\x01"]]},
+        {"steps": [[None, "f", "", b"\x01"]]},
+        {"steps": [{"key": "fetch"}]},
+        {"metadata": 5},
+        {"metadata": [["customer", "acme"]]},
     ],
 )
 def test_damaged_memory_is_undecodable(raw: object) -> None:
     with pytest.raises(EnvelopeError, match="memory is damaged") as caught:
         Memory.unpack(encode(raw))
+    assert caught.value.reason == "undecodable"
+
+
+@pytest.mark.parametrize("claim", [5, {}, {"sha256": "x", "size": 1}])
+def test_a_step_with_a_damaged_claim_is_undecodable(claim: object) -> None:
+    with pytest.raises(EnvelopeError, match="claim") as caught:
+        Memory.unpack(encode({"steps": [["fetch", "f", "", None, claim]]}))
     assert caught.value.reason == "undecodable"
 
 
@@ -290,7 +356,7 @@ def test_headers_that_make_no_sense(headers: dict[str, object], reason: str) -> 
 
 def test_a_size_over_the_limit_is_refused_unread() -> None:
     assert read(Message(body=b"x" * 100), max_bytes=100).payload == b"x" * 100
-    memory = b"x" * (MAX_MEMORY_BYTES + 1)
+    memory = b"x" * ((1_048_576 + MAX_ERRORS_BYTES) + 1)
     for body, headers in (
         (b"x" * 121, {}),
         (b"x" * 121, {"bt-memory": 101}),
@@ -346,6 +412,23 @@ def test_what_follows_keeps_the_run_and_counts_on() -> None:
     assert again.again(attempt=3, now_ms=8_000).memory == again.memory
 
 
+@pytest.mark.parametrize("wait", ["retry", "sleep"])
+def test_a_message_says_what_the_run_waited_for_and_the_next_one_forgets_it(wait: str) -> None:
+    waited = TRIGGER.again(attempt=1, now_ms=7_000, wait=wait)
+    message = waited.message()
+    assert message.headers["bt-wait"] == wait
+    assert read(message) == waited
+    after = waited.again(attempt=1, now_ms=8_000)
+    assert after.wait is None
+    assert "bt-wait" not in after.message().headers
+
+
+@pytest.mark.parametrize("value", [5, "x" * 129, None, ["sleep"]])
+def test_a_wait_that_is_no_text_is_left_out(value: object) -> None:
+    message = replace(TRIGGER.message(), headers={"bt-wait": value})
+    assert read(message).wait is None
+
+
 def test_a_redrive_is_a_clean_start_that_remembers_its_origin() -> None:
     dead = replace(
         TRIGGER,
@@ -367,6 +450,16 @@ def test_a_redrive_is_a_clean_start_that_remembers_its_origin() -> None:
         redrives=2,
         tags=("t",),
     )
+
+
+@pytest.mark.parametrize(("forget", "kept"), [(False, replace(FULL, errors=())), (True, Memory())])
+def test_a_redriven_run_goes_on_behind_its_steps_unless_it_forgets(
+    forget: bool, kept: Memory
+) -> None:
+    dead = replace(TRIGGER, attempt=5, seq=8, memory=FULL, wait="sleep")
+    again = dead.redriven(trace={}, now_ms=9_000, forget=forget)
+    assert (again.attempt, again.seq, again.wait, again.memory) == (1, 9, None, kept)
+    assert read(again.message()).memory == kept
 
 
 # --- dead letters --------------------------------------------------------------------------------
@@ -423,6 +516,7 @@ def test_a_dead_letter_of_a_newer_version_can_still_be_seen() -> None:
         (Retrying(1.5, ERROR), RETRYING, {"error": ERROR, "delay_ms": 1_500}),
         (Failed("aborted", ERROR), FAILED, {"error": ERROR, "reason": "aborted"}),
         (Expired(), EXPIRED, {}),
+        (Sleeping(2.5), SLEEPING, {"delay_ms": 2_500}),
     ],
 )
 def test_an_event_is_read_as_it_was_written(
@@ -436,7 +530,7 @@ def test_an_event_is_read_as_it_was_written(
     assert Event.read(event.message()) == event
 
 
-@pytest.mark.parametrize("outcome", [Sleeping(1), Interrupted()])
+@pytest.mark.parametrize("outcome", [Early(1), Interrupted(), Repeated()])
 def test_nothing_is_told_where_nothing_happened(outcome: Outcome) -> None:
     assert event_of(outcome, TRIGGER, at_ms=5_000, worker="w") is None
 
