@@ -170,8 +170,9 @@ class Executor:
             lease.envelope = replace(lease.envelope, run_id=run_id)
             return Attempt(task, lease, unread=error)
         # A lost delivery was an attempt: whoever had it died with it, or lost the broker.
-        # From 4.0 on RabbitMQ counts the loss of the inflight queue in the next one, too.
-        lost = max(delivery.lost, self._names.died_inflight(message.headers))
+        before = self._names.died_inflight(message.headers)
+        carried = self._transport.carries_losses
+        lost = max(delivery.lost, before) if carried else delivery.lost + before
         lease.envelope = replace(envelope, attempt=envelope.attempt + lost)
         return Attempt(task, lease, lost=lost)
 

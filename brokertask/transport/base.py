@@ -48,7 +48,10 @@ class Delivery(Protocol):
 
     @property
     def lost(self) -> int:
-        """How many earlier deliveries of this message ended unsettled: crashed, cut or nacked."""
+        """How many earlier deliveries of this message ended unsettled: crashed, cut or nacked.
+
+        See `Transport.carries_losses` for those in a queue that it was dead-lettered from.
+        """
         ...
 
     @property
@@ -130,6 +133,11 @@ class Transport(Protocol):
     @property
     def connected(self) -> bool:
         """Whether every connection in use, and every consumer, is up at this moment."""
+        ...
+
+    @property
+    def carries_losses(self) -> bool:
+        """Whether a message that is dead-lettered takes its count of lost deliveries along."""
         ...
 
     async def open(self, *, timeout: float) -> None:

@@ -33,6 +33,11 @@ class MemoryTransport:
         """Whether it is open and the broker runs."""
         return self._connection.connected
 
+    @property
+    def carries_losses(self) -> bool:
+        """Never, as on RabbitMQ 3."""
+        return False
+
     async def open(self, *, timeout: float) -> None:
         """Connect."""
         here = asyncio.get_running_loop()

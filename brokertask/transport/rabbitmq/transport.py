@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
@@ -50,6 +51,7 @@ class RabbitTransport:
         self._consumers: list[RabbitConsumer] = []
         self._declared = Declared()
         self._restoring = asyncio.Lock()
+        self._major = 0
 
     @property
     def connected(self) -> bool:
@@ -64,6 +66,14 @@ class RabbitTransport:
     def server(self) -> str:
         """What the broker calls itself, with its version; empty while not connected."""
         return self._publishing.server
+
+    @property
+    def carries_losses(self) -> bool:
+        """From RabbitMQ 4.0 on."""
+        # Of the latest broker that was connected to: a delivery may come when it is gone.
+        if (version := re.search(r"(\d+)\.", self.server)) is not None:
+            self._major = int(version[1])
+        return self._major >= 4
 
     async def open(self, *, timeout: float) -> None:
         """Connect for publishing."""

@@ -44,6 +44,11 @@ class SocketTransport:
         """Whether the socket is connected and every consumer was resumed."""
         return self._link is not None and self._link.alive
 
+    @property
+    def carries_losses(self) -> bool:
+        """Never, as on RabbitMQ 3."""
+        return False
+
     async def open(self, *, timeout: float) -> None:
         """Connect; see `Transport.open`."""
         if self._keeper is None:
