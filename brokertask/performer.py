@@ -188,7 +188,7 @@ class Performer:
             log.error("run %s of %s ignores its cancellation", envelope.run_id, attempt.task.id)
         if attempt.superseded:
             return Repeated()
-        if attempt.due_ms is not None:
+        if attempt.due_ms is not None and attempt.context.steps.defect is None:
             # Even where the code has swallowed its cancellation and returned.
             return Sleeping(max(0, attempt.due_ms - self._clock.now_ms()) / 1000)
         if user.done() and not user.cancelled():

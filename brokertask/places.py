@@ -11,7 +11,7 @@ import asyncio
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, TypeGuard
 
 from brokertask.errors import BrokertaskError, InvalidOption, StepMismatch
 from brokertask.memory import Step
@@ -59,10 +59,10 @@ class Places:
     def ask(self, name: str | None, function: str) -> Asked:
         """Give a call its key and its place; at once, as later others may have come between.
 
-        Without a name it is a sleep: named after the branch it is in.
+        A sleep without a name is named after the branch it is in.
         """
         branch = _branch()
-        if name is None:
+        if name is None and function == SLEEP:
             name = self._sleep_name(branch)
         elif not _is_name(name):
             wrong = InvalidOption(
@@ -120,7 +120,7 @@ class Places:
         return None
 
 
-def _is_name(name: object) -> bool:
+def _is_name(name: object) -> TypeGuard[str]:
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or "#" in name:
         return False
     return name.encode("utf-8", "ignore").decode() == name

@@ -42,6 +42,8 @@ SLEEP_IN_PLACE: Final = 5.0
 """A sleep of up to so many seconds keeps its slot: leaving and coming back costs about as much as
 three messages and the replay of the run."""
 NEARLY_FULL: Final = 0.8
+TURNS: Final = 5
+"""Turns of the event loop in which all that is ready to happen beside a sleep has happened."""
 _ONCE: Final = Retry(max_attempts=1)
 _inside: ContextVar[Steps | None] = ContextVar("brokertask_steps_inside", default=None)
 """Whose step is being performed here."""
@@ -347,8 +349,8 @@ class Steps:
             if self._host is None or due_ms <= self._clock.now_ms():
                 return
         await self._rested()
-        if self._closed:
-            # The code has ended meanwhile, and what it came to is not a sleep.
+        if self._closed or self.defect is not None:
+            # The code has ended meanwhile, or cannot go on: what it came to is not a sleep.
             raise asyncio.CancelledError("the attempt is over")
         if due_ms > self._clock.now_ms():
             self.close()
@@ -362,9 +364,10 @@ class Steps:
         """Return when no step runs: cut, it would be done once more."""
         while True:
             await self._idle.wait()
-            # What was asked for together with this, or goes on where a step has ended, begins.
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
+            # What was asked for together with this, or goes on where a step has ended, begins; and
+            # what was raised beside it comes to the task's own code.
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
             if not self._workers:
                 return
 
