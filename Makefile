@@ -46,6 +46,10 @@ format: setup ## Format the code and fix what can be fixed
 chaos: setup tools ## Kill workers and brokers under load, and count what was lost
 	@.venv/bin/python -m tests.crash.chaos
 
+.PHONY: chaos-steps
+chaos-steps: setup tools ## The same under runs of five steps, and count what was repeated
+	@.venv/bin/python -m tests.crash.stepping
+
 .PHONY: rabbitmq
 rabbitmq: ## Start a private RabbitMQ and print its URL
 	@$(PYTHON) infra/rabbitmq/node.py up

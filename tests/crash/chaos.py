@@ -6,14 +6,10 @@ each run that was accepted has to have completed or be in a dead-letter queue, a
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import logging
 import os
 import random
 import signal
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +20,7 @@ from typing import Final
 from brokertask.identity import uuid7
 from infra.rabbitmq.node import Node
 from tests.crash import subject
+from tests.crash.day import spend
 from tests.crash.journal import DURABLE_VARIABLE, Entry
 from tests.crash.stage import (
     SUBJECT,
@@ -31,7 +28,6 @@ from tests.crash.stage import (
     WorkerProcess,
     eventually,
     kill,
-    private_node,
     start_worker,
 )
 
@@ -390,34 +386,9 @@ async def play(
         return await Chaos(stage, options, say=say).play()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name, value in vars(Options()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--folder", type=Path, help="keep journals and logs there")
-    given = vars(parser.parse_args())
-    kept: Path | None = given.pop("folder")
-    options = Options(**given)
-    begun = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"{time.monotonic() - begun:6.1f} s  {text}", file=sys.stderr, flush=True)
-
-    logging.basicConfig(level=logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="brokertask-chaos-") as name:
-        folder = kept or Path(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        node = private_node(folder / "node")
-        try:
-            outcome = asyncio.run(play(node, node.url(), folder, options, say=say))
-        finally:
-            node.destroy()
-    print(outcome.table())
-    violations = list(outcome.violations())
-    for violation in violations:
-        print(f"VIOLATION  {violation}")
-    sys.exit(1 if violations else 0)
-
-
 if __name__ == "__main__":
-    main()
+    spend(
+        Options,
+        lambda node, folder, options, say: play(node, node.url(), folder, options, say=say),
+        description=__doc__,
+    )

@@ -7,12 +7,8 @@ after it.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import logging
 import random
-import sys
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator
@@ -23,8 +19,9 @@ from typing import Final
 
 from infra.rabbitmq.node import Node
 from tests.crash import subject
+from tests.crash.day import spend
 from tests.crash.journal import DURABLE_VARIABLE, ENDED, STARTED, Entry
-from tests.crash.stage import Stage, WorkerProcess, eventually, kill, private_node, start_worker
+from tests.crash.stage import Stage, WorkerProcess, eventually, kill, start_worker
 
 TASK: Final = "stepping"
 RECOVERY: Final = 90.0
@@ -268,29 +265,9 @@ async def play(
         return await Stepping(stage, options, say).play()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name, value in vars(Options()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--folder", type=Path, help="keep journals and logs there")
-    given = vars(parser.parse_args())
-    kept: Path | None = given.pop("folder")
-    options = Options(**given)
-    logging.basicConfig(level=logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="brokertask-stepping-") as name:
-        folder = kept or Path(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        node = private_node(folder / "node")
-        try:
-            outcome = asyncio.run(play(node, node.url(), folder, options))
-        finally:
-            node.destroy()
-    print(outcome.table())
-    violations = list(outcome.violations())
-    for violation in violations:
-        print(f"VIOLATION  {violation}")
-    sys.exit(1 if violations else 0)
-
-
 if __name__ == "__main__":
-    main()
+    spend(
+        Options,
+        lambda node, folder, options, say: play(node, node.url(), folder, options, say=say),
+        description=__doc__,
+    )
