@@ -1,4 +1,4 @@
-"""A day of faults from the command line: a table in the end, and exit code 1 if a rule was broken."""
+"""A day of faults from the command line: a table, and exit code 1 if a rule was broken."""
 
 from __future__ import annotations
 
