@@ -58,6 +58,8 @@ class Attempt:
     changes: int = 0
     saved: int = 0
     """How often its memory has changed, and how much of that is on the broker's disk."""
+    ended_ms: int | None = None
+    """When it came to its end."""
     followed: bool = False
     """What follows it is on the broker's disk."""
     told: bool = False
@@ -74,6 +76,8 @@ class Attempt:
     def now(self) -> Envelope:
         """The message as it would be written now: with what the run remembers, in its trace."""
         envelope, span, context = self.lease.envelope, self.span, self.context
+        # What follows is numbered beyond all that was published, even if nobody confirmed it.
+        envelope = replace(envelope, seq=max(envelope.seq, self.lease.seq))
         if context is not None:
             envelope = replace(envelope, memory=context.steps.memory)
         if span is not None:

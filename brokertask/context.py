@@ -10,10 +10,12 @@ from concurrent.futures import CancelledError
 from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypeVar, TypeVarTuple, overload
 
 from brokertask.durations import Duration, seconds
 from brokertask.errors import ConfigurationError, InvalidOption
+from brokertask.memory import Metadata
 from brokertask.retry import Retry
 from brokertask.run import from_thread
 from brokertask.steps import Steps
@@ -46,12 +48,12 @@ class RunMetadata(MutableMapping[str, Any]):
         return deepcopy(self._steps.memory.metadata[name])
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._put({**self._steps.memory.metadata, name: value})
+        self._put(lambda notes: {**notes, name: value})
 
     def __delitem__(self, name: str) -> None:
         if name not in self._steps.memory.metadata:
             raise KeyError(name)
-        self._put({n: v for n, v in self._steps.memory.metadata.items() if n != name})
+        self._put(lambda notes: {other: notes[other] for other in notes if other != name})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._steps.memory.metadata)
@@ -59,8 +61,8 @@ class RunMetadata(MutableMapping[str, Any]):
     def __len__(self) -> int:
         return len(self._steps.memory.metadata)
 
-    def _put(self, metadata: dict[str, Any]) -> None:
-        self._steps.put_metadata(metadata)
+    def _put(self, change: Callable[[Metadata], Metadata]) -> None:
+        self._steps.put_metadata(change)
         self._changed()
 
 
@@ -164,6 +166,13 @@ class Context:
             UnsupportedType: The result would not come back as what it is.
             TimeoutError: The last try took longer than `timeout`.
         """
+        if not callable(function):
+            raise InvalidOption(
+                f"step {name!r}: {function!r} is no function; pass it and its arguments, as in "
+                "ctx.step('charge', charge, order)"
+            )
+        if not (retry is None or isinstance(retry, Retry)):
+            raise InvalidOption(f"step {name!r}: retry is a Retry(...), not {retry!r}")
         limit = None if timeout is None else seconds(timeout)
         return self.steps.step(name, function, args, retry=retry, timeout=limit)
 
@@ -218,8 +227,10 @@ class Context:
         Raises:
             InvalidOption: A datetime without a time zone.
         """
-        if when.tzinfo is None:
-            raise InvalidOption("sleep_until: a datetime needs a time zone; use datetime.now(UTC)")
+        if not isinstance(when, datetime) or when.tzinfo is None:
+            raise InvalidOption(
+                f"sleep_until: {when!r} is no datetime with a time zone; use datetime.now(UTC) + …"
+            )
         due_ms = min(LAST_INSTANT_MS, round(when.astimezone(UTC).timestamp() * 1000))
         return self.steps.sleep(lambda _: due_ms, name=name)
 
@@ -242,7 +253,8 @@ class Context:
 
     def _from_thread(self, work: Coroutine[Any, Any, T], name: str, instead: str) -> T:
         try:
-            return from_thread(lambda: self.steps.serve(work), name=name, instead=instead)
+            serve = partial(self.steps.serve, work)
+            return from_thread(serve, name=name, instead=instead, loop=self.steps.loop)
         except ConfigurationError:
             work.close()
             raise

@@ -65,7 +65,7 @@ class Envelope:
     sent_ms: int | None = None
     due_ms: int | None = None
     left_ms: int = 0
-    """What is left to wait when this message arrives; see `topology.Topology.delay`."""
+    """What is left to wait when this message arrives; see `topology.Names.delay_route`."""
     expires_ms: int | None = None
     tags: tuple[str, ...] = ()
     parent: str | None = None

@@ -22,9 +22,10 @@ from brokertask.clock import Clock
 from brokertask.continuation import continuation, early_ms, expired
 from brokertask.deadletter import bury_raw
 from brokertask.durations import readable
-from brokertask.envelope import Envelope, Message, derived_id
+from brokertask.envelope import Envelope, Message, run_id_of
 from brokertask.errors import BrokertaskError, EnvelopeError, PublishError
 from brokertask.events import Event, event_of, progress_event
+from brokertask.host import AttemptHost
 from brokertask.keeper import Keeper
 from brokertask.lease import Lease
 from brokertask.outcome import (
@@ -35,9 +36,10 @@ from brokertask.outcome import (
     Outcome,
     Repeated,
     Retrying,
+    Sleeping,
     Succeeded,
 )
-from brokertask.performer import AttemptHost, Performer
+from brokertask.performer import Performer
 from brokertask.settings import Settings
 from brokertask.task import Task
 from brokertask.telemetry import Telemetry
@@ -166,7 +168,7 @@ class Executor:
                 max_memory_bytes=self._settings.max_memory_bytes,
             )
         except EnvelopeError as error:
-            run_id = message.message_id or derived_id(message, task.id)
+            run_id = run_id_of(message, task.id)
             lease.envelope = replace(lease.envelope, run_id=run_id)
             return Attempt(task, lease, unread=error)
         # A lost delivery was an attempt: whoever had it died with it, or lost the broker.
@@ -211,6 +213,8 @@ class Executor:
             _keep(self._settled, attempt.key, max(attempt.envelope.seq, attempt.lease.seq))
 
     def _remember_unsettled(self, attempt: Attempt, outcome: Outcome) -> None:
+        if attempt.envelope.id_derived:
+            return  # Another message may only look the same.
         # For its settlement alone, so without what its code may still hold on to.
         attempt.lease.envelope = attempt.now
         attempt.user = attempt.context = attempt.left = None
@@ -281,11 +285,12 @@ class Executor:
         """
         attempt.lease.ending = True
         async with attempt.lease.moving:
-            now = self._clock.now_ms()
-            if not attempt.followed:
+            if attempt.ended_ms is None:
+                attempt.ended_ms = self._clock.now_ms()
                 _log(attempt, outcome)
-                follows = self._follows(attempt, outcome, now)
-                if follows is not None and not await self._publish_surely(attempt, *follows):
+            now = attempt.ended_ms
+            if not attempt.followed:
+                if not await self._publish_surely(attempt, outcome):
                     return False
                 attempt.followed = True
             attempt.told = attempt.told or await self._tell(attempt, outcome, now)
@@ -299,16 +304,24 @@ class Executor:
         if attempt.unread is not None and isinstance(outcome, Failed):
             message, task = attempt.lease.deliveries[0].message, attempt.task.id
             return self._names.dead_route(task), bury_raw(message, outcome, task=task, now_ms=now)
+        if isinstance(outcome, Retrying | Sleeping) and attempt.ended_ms is not None:
+            left = outcome.delay - (now - attempt.ended_ms) / 1000
+            outcome = replace(outcome, delay=max(0.0, left))
         return continuation(self._names, attempt.now, outcome, now_ms=now)
 
-    async def _publish_surely(self, attempt: Attempt, route: Route, message: Message) -> bool:
-        """Publish until it is confirmed; False if the delivery was taken back instead.
+    async def _publish_surely(self, attempt: Attempt, outcome: Outcome) -> bool:
+        """Publish what follows until it is confirmed; False if the delivery was taken back instead.
 
         Until then the delivery stays ours: a broker in trouble gets no new work from us, and
         nothing is lost if we die here.
         """
         pause = 0.2
         while attempt.lease.live:
+            # Anew each time: while a broker is away, a delay goes by.
+            follows = self._follows(attempt, outcome, self._clock.now_ms())
+            if follows is None:
+                return True
+            route, message = follows
             try:
                 with self._telemetry.send(route, trace=attempt.now.trace):
                     await self._transport.publish(

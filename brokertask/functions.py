@@ -29,7 +29,8 @@ async def call(function: Callable[[], Any], *, threads: anyio.CapacityLimiter | 
 
     Cancelled, it does not wait for the thread, which Python cannot end.
     """
-    if is_async(function):
+    # A sync function that only wraps an async one, as with asyncio.run, needs a thread.
+    if inspect.iscoroutinefunction(function):
         return await function()
     result = await anyio.to_thread.run_sync(function, limiter=threads, abandon_on_cancel=True)
     # A plain wrapper around an async function looks like a sync one until it is called.

@@ -98,9 +98,9 @@ class Inflight:
             window: Of its task: the broker is about to have room for another delivery.
         """
         token = f"{self._worker}/{next(self._tokens)}"
-        arrival = self._awaited[token] = _Arrival()
         message = replace(following.message(), correlation_id=token)
         lease.seq = following.seq
+        arrival = self._awaited[token] = _Arrival()
         try:
             if not await self._publish_surely(lease, message, arrival, window):
                 return False
@@ -119,6 +119,7 @@ class Inflight:
         while await self._until_live(lease, arrival, window):
             if arrival.live:
                 return True
+            queue = None
             try:
                 queue = await self._open()
                 route = self._names.inflight_route(lease.envelope.task, queue)
@@ -127,7 +128,9 @@ class Inflight:
                 # A queue that takes nothing may have no leader; others only say "not now".
                 failures += isinstance(error, PublishUnknown)
                 if failures >= FAILURES:
-                    self._queue, failures = None, 0
+                    failures = 0
+                    # Unless another has seen to it already.
+                    self._queue = None if self._queue == queue else self._queue
                 log.warning("run %s cannot be checkpointed yet: %s", message.message_id, error)
                 if lease.ending:
                     return False
@@ -144,7 +147,8 @@ class Inflight:
             with window.expecting():
                 await _came(arrival, ARRIVAL)
         if not arrival.deliveries:
-            # It is in the task's queue by now, or on its way there; whoever gets it, knows it.
+            # It is in the task's queue by now, or on its way there. Here it would be known; in
+            # another worker the run goes on twice, as after any connection that is lost then.
             log.warning("a checkpoint of run %s has not come back", lease.envelope.run_id)
             return
         before = [delivery for delivery in lease.deliveries if _seq(delivery) < lease.envelope.seq]
@@ -196,7 +200,9 @@ class Inflight:
 
         What it still holds then expires to the queues of its tasks, long before the queue does.
         """
-        left = any(delivery.live for delivery in self._held)
+        for consumer in self._consumers:
+            await consumer.stop()
+        left = bool(self._awaited) or any(delivery.live for delivery in self._held)
         for consumer in self._consumers:
             await consumer.close()
         with suppress(BrokertaskError):

@@ -57,12 +57,14 @@ class Keeper:
 
     async def renew(self, attempts: Callable[[], Collection[Attempt]]) -> None:
         """Renew, until cancelled, what of the present attempts has been held for long."""
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self._limit / 4)
             for attempt in attempts():
-                if loop.time() - attempt.lease.since > self._limit:
+                if self._old(attempt):
                     self._spawn(attempt, None)
+
+    def _old(self, attempt: Attempt) -> bool:
+        return asyncio.get_running_loop().time() - attempt.lease.since > self._limit
 
     def _spawn(self, attempt: Attempt, change: int | None) -> asyncio.Task[bool]:
         move = asyncio.create_task(self._move(attempt, change))
@@ -81,6 +83,8 @@ class Keeper:
                 return True
             if attempt.lease.ending:
                 return False
+            if change is None and not self._old(attempt):
+                return True
             covered, now = attempt.changes, attempt.now
             following = now.again(attempt=now.attempt, now_ms=self._clock.now_ms())
             window = self._windows[attempt.task.id]

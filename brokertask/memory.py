@@ -77,6 +77,10 @@ class Memory:
             errors = (errors[0], *errors[-(KEPT_ERRORS - 1) :])
         return replace(self, errors=errors)
 
+    def with_step(self, step: Step) -> Memory:
+        """Return this memory with one more finished step."""
+        return replace(self, steps=(*self.steps, step))
+
     @property
     def size(self) -> int:
         """The bytes that its steps and metadata take in a message."""

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 from asyncio import FIRST_COMPLETED
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -26,12 +26,15 @@ from brokertask.errors import (
     BrokertaskError,
     ConfigurationError,
     EnvelopeError,
+    InvalidOption,
     InvalidPayload,
     MemoryFull,
     PayloadError,
     PayloadUnavailable,
     Reason,
+    StepMismatch,
 )
+from brokertask.host import AttemptHost
 from brokertask.outcome import (
     AttemptError,
     Failed,
@@ -55,65 +58,6 @@ T = TypeVar("T")
 
 LEAVING: Final = 1.0
 HOOK_TIMEOUT: Final = 30.0
-REPORT_PAUSE: Final = 0.5
-"""At least so many seconds are between two events of one run's progress."""
-
-
-class AttemptHost:
-    """What the code of one attempt may ask of its worker: see `steps.Host`."""
-
-    def __init__(
-        self,
-        attempt: Attempt,
-        save: Callable[[Attempt], Awaitable[None]],
-        report: Callable[[Attempt, float | None, float | None], Awaitable[None]],
-    ) -> None:
-        self._attempt = attempt
-        self._save = save
-        self._report = report
-        self._loop = asyncio.get_running_loop()
-        self._reporting: asyncio.Task[None] | None = None
-        self._news = False
-        self._over = False
-
-    async def save(self) -> None:
-        """Return when the memory survives a crash, if the task wants that of each step."""
-        if self._attempt.task.options.checkpoint == "step":
-            await self._save(self._attempt)
-
-    def sleep(self, due_ms: int) -> None:
-        """Let the run leave its slot until then."""
-        self._attempt.sleep(due_ms)
-
-    def report(self) -> None:
-        """Tell progress and metadata to whoever listens, soon; from any thread."""
-        self._loop.call_soon_threadsafe(self._schedule)
-
-    async def finish(self) -> None:
-        """Tell the last news, so that they come before the end; nothing comes after it."""
-        self._over = True
-        if self._reporting is not None:
-            self._reporting.cancel()
-            if self._news:
-                await self._tell()
-
-    def _schedule(self) -> None:
-        self._news = True
-        if self._reporting is None and not self._over:
-            self._reporting = asyncio.create_task(self._tell_all())
-
-    async def _tell_all(self) -> None:
-        while self._news:
-            await self._tell()
-            await asyncio.sleep(REPORT_PAUSE)
-        self._reporting = None
-
-    async def _tell(self) -> None:
-        self._news = False
-        context = self._attempt.context
-        if context is not None:
-            done, total = context.progressed or (None, None)
-            await self._report(self._attempt, done, total)
 
 
 class Performer:
@@ -173,6 +117,8 @@ class Performer:
         running_in.set(RunningIn(envelope.run_id, envelope.task, envelope.attempt, root, loop))
         name = f"{attempt.task.id} {envelope.run_id}"
         assert attempt.context is not None
+        if timeout is not None:
+            attempt.context.deadline = self._now() + timedelta(seconds=timeout)
         user = self._start(self._whole(attempt.task, attempt.context, envelope), name)
         attempt.user, attempt.left = user, loop.create_future()
         ends: set[asyncio.Future[Any]] = {user, attempt.left}
@@ -195,7 +141,10 @@ class Performer:
             return await self._judge(attempt, user.result())
         if attempt.interrupted:
             return Interrupted()
-        return await self._judge(attempt, Raised(TimeoutError(f"took longer than {timeout:g} s")))
+        if timeout is not None and attempt.context.cancelled == "timeout":
+            late = TimeoutError(f"took longer than {timeout:g} s")
+            return await self._judge(attempt, Raised(late))
+        return await self._judge(attempt, Raised(RuntimeError("the task cancelled itself")))
 
     async def give_up(self, attempt: Attempt, reason: Reason, error: BaseException) -> Failed:
         """Return the end of a run that gets no further attempt, after its failure hooks."""
@@ -216,9 +165,20 @@ class Performer:
 
         So is the payload store, before and after: it shares the attempt's timeout and end.
         """
-        ended = await self._run(task, context, envelope)
-        await context.steps.finish()
-        return await self._put(task, ended.value) if isinstance(ended, Returned) else ended
+        try:
+            ended = await self._run(task, context, envelope)
+            # A step in an asyncio task that was only just made begins, and is waited for.
+            await asyncio.sleep(0)
+            forgotten = context.steps.forgotten()
+            await context.steps.finish()
+            if isinstance(ended, Raised):
+                return ended
+            if forgotten:
+                return Raised(_never_awaited(forgotten, task))
+            return await self._put(task, ended.value)
+        except asyncio.CancelledError:
+            context.steps.abandon()
+            raise
 
     async def _run(
         self, task: Task[Any, Any], context: Context, envelope: Envelope
@@ -275,8 +235,7 @@ class Performer:
             ended = Raised(defect)
         elif defect is not None:
             # Whatever the code made of it: what it did since may be another run's work.
-            full = isinstance(defect, MemoryFull)
-            return await self.give_up(attempt, "memory_full" if full else "step_mismatch", defect)
+            return await self.give_up(attempt, _reason(defect), defect)
         if isinstance(ended, Returned):
             returned: tuple[Any, Succeeded] = ended.value
             result, outcome = returned
@@ -314,8 +273,7 @@ class Performer:
             max_bytes=self._settings.max_memory_bytes,
             claims=attempt.task.client.claims,
         )
-        at, timeout = envelope.triggered_ms, options.timeout
-        now = datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC)
+        at = envelope.triggered_ms
         return Context(
             run_id=envelope.run_id,
             task=attempt.task.id,
@@ -323,7 +281,6 @@ class Performer:
             max_attempts=options.retry.max_attempts,
             tags=envelope.tags,
             triggered_at=None if at is None else datetime.fromtimestamp(at / 1000, UTC),
-            deadline=now + timedelta(seconds=timeout) if timeout else None,
             parent=envelope.parent,
             root=envelope.root,
             worker=self._worker,
@@ -332,6 +289,9 @@ class Performer:
             steps=steps,
             changed=(lambda: None) if host is None else host.report,
         )
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock.now_ms() / 1000, UTC)
 
     def record(self, attempt: Attempt, error: BaseException) -> AttemptError:
         """Return an error as it travels in the run's memory."""
@@ -343,6 +303,23 @@ class Performer:
             worker=self._worker,
             traceback=clip(frames_of(error), MAX_TRACEBACK),
         )
+
+
+def _reason(defect: BrokertaskError) -> Reason:
+    match defect:
+        case StepMismatch():
+            return "step_mismatch"
+        case MemoryFull():
+            return "memory_full"
+        case _:
+            return "never_retried"
+
+
+def _never_awaited(keys: Sequence[str], task: Task[Any, Any]) -> InvalidOption:
+    instead = "await it" if task.is_async else "in a plain function, use step_sync and sleep_sync"
+    return InvalidOption(
+        f"{', '.join(map(repr, keys))} asked for and never awaited, so not done: {instead}"
+    )
 
 
 async def _payload(task: Task[Any, Any], envelope: Envelope) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final, TypeGuard
@@ -62,6 +63,8 @@ class Places:
         A sleep without a name is named after the branch it is in.
         """
         branch = _branch()
+        if self._main is None:
+            self._main = branch  # The thread of a sync task, which only shows here.
         if name is None and function == SLEEP:
             name = self._sleep_name(branch)
         elif not _is_name(name):
@@ -76,14 +79,14 @@ class Places:
         owner, count = self._names.get(name, (branch, 0))
         self._names[name] = owner, count + 1
         key = self._key(name, count + 1)
-        after = self._last.get(branch, "" if branch is self._main else None)
+        after = self._last.get(branch, "" if branch == self._main else None)
         self._last[branch] = key
         if function != SLEEP:
             self._steps[branch] = key
         self._asked.add(key)
         after = after if self._strict else None
         asked = Asked(key, function, after, name=name, number=count + 1)
-        problem = _doubled(name, function) if owner is not branch else self._mismatch(asked)
+        problem = _doubled(name, function) if owner != branch else self._mismatch(asked)
         return asked if problem is None else replace(asked, problem=problem)
 
     def failed(self, asked: Asked) -> None:
@@ -97,7 +100,7 @@ class Places:
 
     def _sleep_name(self, branch: object) -> str:
         last = self._steps.get(branch)
-        return SLEEP if branch is self._main or last is None else f"{SLEEP} after {last}"
+        return SLEEP if branch == self._main or last is None else f"{SLEEP} after {last}"
 
     def _key(self, name: str, number: int) -> str:
         failed = self._failed.get(name)
@@ -115,7 +118,7 @@ class Places:
         if known.function != asked.function:
             return _differs(f"step {asked.key!r} calls", known.function, asked.function)
         if None not in (known.after, asked.after) and known.after != asked.after:
-            before, now = known.after or "the start", asked.after or "the start"
+            before, now = known.after or "nothing", asked.after or "nothing"
             return _differs(f"step {asked.key!r} comes after", before, now)
         return None
 
@@ -127,18 +130,18 @@ def _is_name(name: object) -> TypeGuard[str]:
 
 
 def _branch() -> object:
-    """Return what is the same for calls one after the other: the asyncio task, or any thread."""
+    """Return what is the same for calls one after the other: the asyncio task, or the thread."""
     try:
         return asyncio.current_task()
     except RuntimeError:
-        return None
+        return threading.get_ident()
 
 
 def _doubled(name: str, function: str) -> StepMismatch:
     named = "ctx.sleep(..., name=...)" if function == SLEEP else f"such as f'{name} {{number}}'"
     return StepMismatch(
-        f"{name!r} is asked for in two asyncio tasks, so which of them is first may be different "
-        f"next time; give each a name of its own, {named}"
+        f"{name!r} is asked for in two asyncio tasks or threads, so which of them is first may be "
+        f"different next time; give each a name of its own, {named}"
     )
 
 

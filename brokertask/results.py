@@ -23,7 +23,7 @@ def packed(key: str, kind: TypeAdapter[Any] | None, value: object) -> bytes:
         result = encode(value)
     except InvalidPayload as error:
         raise UnsupportedType(f"the result of step {key!r}: {error}") from error
-    if not _same(decode(result, MSGPACK), value):
+    if not same(decode(result, MSGPACK), value):
         raise UnsupportedType(
             f"step {key!r} returned a {type(value).__name__}, which would come back as something "
             "else; annotate what its function returns"
@@ -48,12 +48,12 @@ def restored(key: str, kind: TypeAdapter[Any] | None, result: bytes) -> Any:
         ) from None
 
 
-def _same(one: object, other: object) -> bool:
+def same(one: object, other: object) -> bool:
     """Whether two plain values are equal in type and value all the way down."""
     if type(one) is not type(other):
         return False
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(same, one, other))
     return one == other or (one != one and other != other)

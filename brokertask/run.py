@@ -252,15 +252,23 @@ class Session:
             hearing.hear(event)
 
 
-def from_thread(work: Callable[[], Coroutine[Any, Any, T]], *, name: str, instead: str) -> T:
-    """Run a coroutine function for a thread: on its worker's loop if a task runs in it.
+def from_thread(
+    work: Callable[[], Coroutine[Any, Any, T]],
+    *,
+    name: str,
+    instead: str,
+    loop: asyncio.AbstractEventLoop | None = None,
+) -> T:
+    """Run a coroutine function for a thread: on `loop`, or its worker's if a task runs in it.
 
     Any other thread is served by the portal, whose connection all of them share.
     """
     _refuse_event_loop(name, instead)
     inside = running_in.get()
-    if inside is not None:
-        return asyncio.run_coroutine_threadsafe(work(), inside.loop).result()
+    if loop is None and inside is not None:
+        loop = inside.loop
+    if loop is not None:
+        return asyncio.run_coroutine_threadsafe(work(), loop).result()
     return portal.call(work)
 
 

@@ -8,10 +8,11 @@ must be the same each time: their names, their order in a branch, the functions 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
+import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
@@ -22,17 +23,21 @@ from brokertask.claim import Claim
 from brokertask.claims import Claims
 from brokertask.clock import Clock, SystemClock
 from brokertask.errors import (
+    BrokertaskError,
     InvalidOption,
+    InvalidPayload,
     MemoryFull,
     PayloadUnavailable,
     StepMismatch,
+    UnsupportedType,
 )
-from brokertask.functions import call, qualified_name, result_type
+from brokertask.functions import qualified_name, result_type
 from brokertask.memory import Memory, Metadata, Step
 from brokertask.places import SLEEP, Asked, Places
-from brokertask.results import packed, restored
+from brokertask.results import packed, restored, same
 from brokertask.retry import Retry
 from brokertask.telemetry import AttemptSpan
+from brokertask.tries import Rest, Tries, inside
 from brokertask.values import MSGPACK, decode, encode
 
 log = logging.getLogger("brokertask.task")
@@ -45,16 +50,6 @@ NEARLY_FULL: Final = 0.8
 TURNS: Final = 5
 """Turns of the event loop in which all that is ready to happen beside a sleep has happened."""
 _ONCE: Final = Retry(max_attempts=1)
-_inside: ContextVar[Steps | None] = ContextVar("brokertask_steps_inside", default=None)
-"""Whose step is being performed here."""
-
-
-class StepSpan(Protocol):
-    """Where a step tells of its own retries."""
-
-    def retried(self, error: BaseException, delay: float) -> None:
-        """Say that it failed, and is tried again after `delay` seconds."""
-        ...
 
 
 class Host(Protocol):
@@ -75,7 +70,7 @@ class Steps:
     Attributes:
         memory: What the run remembers at this moment.
         defect: Why the attempt cannot go on, whatever its code makes of it.
-        resting: How many steps and sleeps only wait for time to pass.
+        loop: The event loop that the attempt lives in; None outside of a worker.
     """
 
     def __init__(
@@ -90,17 +85,21 @@ class Steps:
         claims: Claims | None = None,
     ) -> None:
         self.memory = memory
-        self.defect: StepMismatch | MemoryFull | PayloadUnavailable | None = None
-        self.resting = 0
+        self.defect: BrokertaskError | None = None
+        self._rest = Rest(clock or SystemClock())
+        self.loop = _running_loop()
         self._host = host
         self._span = span
         self._clock = clock or SystemClock()
-        self._threads = threads
+        self._tries = Tries(self, span=span, threads=threads, rest=self._rest)
         self._max_bytes = max_bytes
         self._claims = claims or Claims()
         self._finished = {step.key: step for step in memory.steps}
         self._places = Places(memory.steps)
         self._closed = False
+        self._changing = threading.Lock()
+        self._unbegun: dict[str, Coroutine[Any, Any, Any]] = {}
+        """Calls whose coroutines have not been awaited yet, by key."""
         self._workers: list[asyncio.Task[Any]] = []
         """The asyncio tasks in which steps run at this moment."""
         self._idle = asyncio.Event()
@@ -109,6 +108,11 @@ class Steps:
         self._sleeping: list[int] = []
         self._served: set[asyncio.Task[Any]] = set()
 
+    @property
+    def resting(self) -> int:
+        """How many steps and sleeps only wait for time to pass."""
+        return self._rest.count
+
     def begin(self) -> None:
         """Take the current asyncio task for the one that the task's function runs in."""
         self._places.begin()
@@ -116,21 +120,19 @@ class Steps:
     def close(self) -> None:
         """Let no further step begin, and let go of threads that wait for one."""
         self._closed = True
-        for task in self._served:
+        for task in self._served.difference(self._workers):
+            task.cancel()
+
+    def abandon(self) -> None:
+        """End the steps that run: nobody else would, and another attempt begins them anew."""
+        self.close()
+        for task in {*self._served, *self._workers}:
             task.cancel()
 
     async def finish(self) -> None:
-        """Let no further step begin, and return when those that run have ended.
-
-        Cancelled, it ends them: nobody else would, and another attempt begins them anew.
-        """
+        """Let no further step begin, and return when those that run have ended."""
         self.close()
-        try:
-            await self._idle.wait()
-        except asyncio.CancelledError:
-            for task in self._workers:
-                task.cancel()
-            raise
+        await self._idle.wait()
 
     async def serve(self, work: Coroutine[Any, Any, T]) -> T:
         """Do `work` for a thread, which is let go when the attempt ends."""
@@ -146,16 +148,23 @@ class Steps:
         """Let no sleep keep the slot from now on."""
         self._hurry.set()
 
-    def put_metadata(self, metadata: Metadata) -> None:
-        """Remember `metadata` in place of what there was.
+    def put_metadata(self, change: Callable[[Metadata], Metadata]) -> None:
+        """Remember what `change` makes of the metadata; from any thread.
 
         Raises:
-            InvalidPayload: Something in it has no form on the wire.
+            InvalidPayload: Something in it would not come back as what it is.
             MemoryFull: It does not fit.
         """
-        # A copy, as it comes back: what the caller keeps of it must not change the memory.
-        copy = decode(encode({"metadata": metadata}), MSGPACK)["metadata"]
-        self._remember(replace(self.memory, metadata=copy), "metadata")
+
+        def changed(memory: Memory) -> Memory:
+            metadata = change(memory.metadata)
+            # A copy, as it comes back: what the caller keeps of it must not change the memory.
+            copy = decode(encode({"metadata": metadata}), MSGPACK)["metadata"]
+            if not same(copy, metadata):
+                raise InvalidPayload("metadata holds plain values only: text, numbers, lists, maps")
+            return replace(memory, metadata=copy)
+
+        self._remember(changed, "metadata")
 
     def step(
         self,
@@ -167,21 +176,27 @@ class Steps:
         timeout: float | None,
     ) -> Coroutine[Any, Any, Any]:
         """Return what gives the step's result, remembered or new; it has its place from now on."""
-        return self._step(
-            self._ask(name, qualified_name(function)),
-            partial(function, *arguments) if arguments else function,
-            retry or _ONCE,
-            timeout,
-        )
+        asked = self._ask(name, qualified_name(function))
+        called = partial(function, *arguments) if arguments else function
+        return self._awaited(asked, self._step(asked, called, retry or _ONCE, timeout))
 
     def sleep(self, due: Callable[[int], int], *, name: str | None) -> Coroutine[Any, Any, None]:
         """Return what ends at an instant, `due` of the present; both in ms since the epoch."""
-        return self._sleep(self._ask(name, SLEEP), due)
+        asked = self._ask(name, SLEEP)
+        return self._awaited(asked, self._sleep(asked, due))
+
+    def forgotten(self) -> list[str]:
+        """Return the keys of what was asked for and never awaited: it was not done."""
+        created = inspect.CORO_CREATED
+        found = {key: one for key, one in self._unbegun.items() if _state(one) == created}
+        for one in found.values():
+            one.close()
+        return list(found)
 
     # -- what is asked for
 
     def _ask(self, name: str | None, function: str) -> Asked:
-        if _inside.get() is self:
+        if inside.get() is self:
             # Remembered, the outer one would not ask for it, and the places would shift.
             return Asked(
                 name or SLEEP,
@@ -193,7 +208,12 @@ class Steps:
             self.defect = self.defect or asked.problem
         return asked
 
+    def _awaited(self, asked: Asked, work: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
+        self._unbegun[asked.key] = work
+        return work
+
     def _admit(self, asked: Asked) -> None:
+        self._unbegun.pop(asked.key, None)
         if self._closed:
             raise asyncio.CancelledError("the attempt is over")
         if (problem := asked.problem or self.defect) is not None:
@@ -209,10 +229,11 @@ class Steps:
         known = self._finished.get(asked.key)
         if known is None:
             with self._working(asked):
-                value = await self._try(asked, function, retry, timeout)
-                result = packed(asked.key, kind, value)
-                # First: what does not come back must not be remembered.
-                value = restored(asked.key, kind, result)
+                value = await self._tries.call(asked.key, function, retry, timeout)
+                with self._final():
+                    result = packed(asked.key, kind, value)
+                    # First: what does not come back must not be remembered.
+                    value = restored(asked.key, kind, result)
                 await self._finish(asked, result)
             return value
         if self._span is not None:
@@ -236,53 +257,20 @@ class Steps:
             if not self._workers:
                 self._idle.set()
 
-    async def _try(
-        self, asked: Asked, function: Callable[[], Any], retry: Retry, timeout: float | None
-    ) -> Any:
-        """Call a step's function until it returns or its own retries are spent."""
-        with self._traced(asked.key) as span:
-            number = 1
-            while True:
-                try:
-                    return await self._call(asked.key, function, timeout)
-                except Exception as error:
-                    decision = retry.decide(number, error)
-                    if decision.delay is None:
-                        raise
-                    if span is not None:
-                        span.retried(error, decision.delay)
-                    delay = decision.delay
-                number += 1
-                await self._rest(delay)
-
-    async def _call(self, key: str, function: Callable[[], Any], timeout: float | None) -> Any:
-        limit, inside = asyncio.timeout(timeout), _inside.set(self)
-        try:
-            async with limit:
-                return await call(function, threads=self._threads)
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            raise TimeoutError(f"step {key!r} took longer than {timeout:g} s") from error
-        except (SystemExit, KeyboardInterrupt) as error:
-            # In an asyncio task of its own it would end the worker's event loop.
-            raise RuntimeError(f"step {key!r} raised {type(error).__name__}") from error
-        finally:
-            _inside.reset(inside)
-
     @contextmanager
-    def _traced(self, key: str) -> Iterator[StepSpan | None]:
-        if self._span is None:
-            yield None
-        else:
-            with self._span.step(key) as span:
-                yield span
+    def _final(self) -> Iterator[None]:
+        """Let no `except` of the task hide that a result cannot be remembered."""
+        try:
+            yield
+        except UnsupportedType as error:
+            self.defect = self.defect or error
+            raise
 
     async def _finish(self, asked: Asked, result: bytes) -> None:
         """Remember a finished step; it is safe when this returns."""
         claim = await self._stored(self._claims.put(result))
         step = Step(asked.key, asked.function, asked.after, claim or result)
-        self._remember(replace(self.memory, steps=(*self.memory.steps, step)), asked.key)
+        self._remember(lambda memory: memory.with_step(step), asked.key)
         self._finished[step.key] = step
         if self._host is not None:
             await self._host.save()
@@ -304,7 +292,12 @@ class Steps:
             self.defect = self.defect or error
             raise
 
-    def _remember(self, memory: Memory, what: str) -> None:
+    def _remember(self, change: Callable[[Memory], Memory], what: str) -> None:
+        # Threads change metadata while the event loop adds steps.
+        with self._changing:
+            self._replace(change(self.memory), what)
+
+    def _replace(self, memory: Memory, what: str) -> None:
         size, before = memory.size, self.memory.size
         if size > self._max_bytes:
             largest = ", ".join(f"{key!r} {size} bytes" for key, size in memory.largest())
@@ -329,7 +322,7 @@ class Steps:
             due_ms = due(self._clock.now_ms())
             step = Step(asked.key, asked.function, asked.after, encode(due_ms))
             # Not saved by itself: it is with what follows it, and forgotten it only sleeps again.
-            self._remember(replace(self.memory, steps=(*self.memory.steps, step)), asked.key)
+            self._remember(lambda memory: memory.with_step(step), asked.key)
             self._finished[step.key] = step
         self._sleeping.append(due_ms)
         try:
@@ -345,7 +338,7 @@ class Steps:
         if left <= 0:
             return
         if self._host is None or (left <= SLEEP_IN_PLACE and not self._hurry.is_set()):
-            await self._rest(left, None if self._host is None else self._hurry)
+            await self._rest.pass_by(left, None if self._host is None else self._hurry)
             if self._host is None or due_ms <= self._clock.now_ms():
                 return
         await self._rested()
@@ -371,19 +364,13 @@ class Steps:
             if not self._workers:
                 return
 
-    async def _rest(self, delay: float, hurry: asyncio.Event | None = None) -> None:
-        """Let `delay` seconds pass, or less if there is a hurry."""
-        self.resting += 1
-        waits = [asyncio.ensure_future(self._clock.sleep(delay))]
-        if hurry is not None:
-            waits.append(asyncio.ensure_future(_until(hurry)))
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self.resting -= 1
-            for wait in waits:
-                wait.cancel()
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
-async def _until(event: asyncio.Event) -> None:
-    await event.wait()
+def _state(work: Coroutine[Any, Any, Any]) -> str:
+    return inspect.getcoroutinestate(work)

@@ -63,9 +63,11 @@ class Window:
             self._raising = asyncio.create_task(self._raise())
 
     async def _raise(self) -> None:
-        while self._stale:
-            await self._adjust()
-        self._raising = None
+        try:
+            while self._stale:
+                await self._adjust()
+        finally:
+            self._raising = None
 
     async def _adjust(self) -> None:
         async with self._adjusting:

@@ -122,8 +122,8 @@ class Worker:
             for task in self.tasks:
                 await self._consume(transport, task)
         except BaseException:
-            self._consumers.clear()
-            await self._resources.aclose()
+            # What was delivered already is handed back before its pools close.
+            await self.stop(grace=0)
             raise
         log.info("worker %s consumes %s", self.name, ", ".join(task.id for task in self.tasks))
 

@@ -165,6 +165,9 @@ def lines(letter: DeadLetter, now_ms: int, claims: Claims) -> Iterator[str]:
         where = claims.where(claim) or "a payload store that is not configured here"
         yield f"  claim for {claim.size} bytes, sha256 {claim.sha256}"
         yield f"      in {printable(where)}"
+    if envelope is not None and (steps := envelope.memory.steps):
+        done = ", ".join(step.key for step in steps)
+        yield f"  finished steps, kept by a redrive: {printable(done)}"
     for error in letter.errors:
         yield from _error_lines(error)
 

@@ -8,6 +8,7 @@ import gc
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -1358,3 +1359,75 @@ async def test_a_held_message_is_renewed_before_the_broker_loses_its_patience(
 
 def count_of(run: Run[Any], messages: list[Message]) -> int:
     return sum(message.message_id == run.run_id for message in messages)
+
+
+async def test_a_checkpoint_that_was_given_up_costs_no_run(
+    did: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What follows it must not look like a copy of it."""
+    app = App("steps", settings=Settings(amqp_url="memory:", publish_timeout=0.1))
+
+    @app.task(retry=AT_ONCE, timeout=0.3)
+    async def work(ctx: Context) -> int:
+        if ctx.attempt == 1:
+            harness.broker.block()
+        await ctx.step("charge", did.do, "charged")
+        return ctx.attempt
+
+    async with Harness(app) as harness:
+        run = await work.trigger()
+        async with asyncio.timeout(10):
+            while "attempt 1 of work failed: TimeoutError" not in caplog.text:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        harness.broker.unblock()
+        await harness.drain()
+        assert harness[run].status == "completed"
+        assert did == ["charged"], "it was remembered, though not saved"
+        await assert_clean(harness)
+
+
+@pytest.mark.parametrize("how", ["step", "sleep"])
+async def test_what_is_not_awaited_is_not_taken_for_done(app: App, did: Journal, how: str) -> None:
+    @app.task(retry=AT_ONCE)
+    async def work(ctx: Context) -> None:
+        if how == "step":
+            ctx.step("charge", did.do, "charged")  # type: ignore[unused-coroutine]
+        else:
+            ctx.sleep("1h")  # type: ignore[unused-coroutine]
+
+    async with Harness(app) as harness:
+        run = await work.trigger()
+        await harness.drain()
+        assert (harness[run].status, harness[run].reason) == ("failed", "never_retried")
+        assert "never awaited" in harness[run].errors[-1].message
+        assert did == []
+
+
+async def test_a_step_in_a_task_that_nobody_awaits_is_done_all_the_same(
+    app: App, did: Journal
+) -> None:
+    @app.task(retry=AT_ONCE)
+    async def work(ctx: Context) -> None:
+        asyncio.create_task(ctx.step("charge", did.do, "charged"))  # noqa: RUF006
+
+    async with Harness(app) as harness:
+        run = await work.trigger()
+        await harness.drain()
+        assert harness[run].status == "completed"
+        assert did == ["charged"]
+
+
+async def test_threads_of_a_task_take_their_steps_to_its_worker(app: App, did: Journal) -> None:
+    @app.task(retry=AT_ONCE)
+    def work(ctx: Context) -> list[str]:
+        def one(letter: str) -> str:
+            return ctx.step_sync(f"step {letter}", did.do, letter)
+
+        with ThreadPoolExecutor(3) as pool:
+            return list(pool.map(one, "abc"))
+
+    async with Harness(app) as harness:
+        run = await work.trigger()
+        await harness.drain()
+        assert await run.result(timeout=1) == list("abc")
+        assert sorted(did) == list("abc")

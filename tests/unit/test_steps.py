@@ -531,7 +531,7 @@ def caught(program: Program) -> Program:
     ("before", "now", "said"),
     [
         ("a b c", "a c b", "after 'a' 'b' when it ran, now 'c'|'c' comes after 'b'.*now 'a'"),
-        ("a b c", "b c", "step 'b' comes after 'a' when it ran, now 'the start'"),
+        ("a b c", "b c", "step 'b' comes after 'a' when it ran, now 'nothing'"),
         ("a b c", "a c", "step 'c' comes after 'b' when it ran, now 'a'"),
         ("a b", "a new", "after 'a' 'b' when it ran, now 'new'"),
         ("a b", "new", "first 'a' when it ran, now 'new'"),
@@ -828,19 +828,18 @@ async def test_metadata_counts_and_is_refused_as_a_whole() -> None:
 async def test_metadata_is_a_mapping_of_plain_values_from_the_first_moment() -> None:
     steps = Steps()
     ctx = Context(run_id="run", task="task", steps=steps)
-    ctx.metadata["pair"] = (1, 2)
-    ctx.metadata["order"] = Order(number=1, at=datetime(2026, 1, 1, tzinfo=UTC))
+    ctx.metadata["pair"] = [1, {"two": 2.5}]
+    ctx.metadata["at"] = datetime(2026, 1, 1, tzinfo=UTC)
     seen = dict(ctx.metadata)
     again = Context(run_id="run", task="task", steps=Steps(Memory.unpack(steps.memory.pack())))
     assert dict(again.metadata) == seen
-    assert ctx.metadata["pair"] == [1, 2]
     del ctx.metadata["pair"]
-    assert list(ctx.metadata) == ["order"]
     with pytest.raises(KeyError):
         del ctx.metadata["pair"]
-    with pytest.raises(InvalidPayload):
-        ctx.metadata["thing"] = object()
-    assert list(ctx.metadata) == ["order"]
+    for odd in (object(), (1, 2), Order(number=1, at=datetime(2026, 1, 1, tzinfo=UTC))):
+        with pytest.raises(InvalidPayload):
+            ctx.metadata["thing"] = odd
+    assert list(ctx.metadata) == ["at"]
 
 
 async def test_metadata_cannot_be_spoilt_behind_its_back() -> None:

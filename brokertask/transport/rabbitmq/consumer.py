@@ -64,7 +64,10 @@ class RabbitConsumer:
     async def limit(self, prefetch: int) -> None:
         """See `Consumer.limit`."""
         if not self._stopped:
-            await self._change(Limit(max(0, prefetch), 1))
+            limit = Limit(max(0, prefetch), 1)
+            if self._session is None or self._session.ended.is_set():
+                self._later = limit
+            await self._change(limit)
 
     async def stop(self) -> None:
         """See `Consumer.stop`."""
@@ -136,6 +139,8 @@ class RabbitConsumer:
                 await self._restore()
             except BrokertaskError as error:
                 log.error("%s cannot be restored: %s", self._queue, error)
+            except Exception:
+                log.exception("%s cannot be restored", self._queue)
 
     async def _subscribe(self, timeout: float) -> None:
         channel = await self._link.channel(confirms=False, timeout=timeout)

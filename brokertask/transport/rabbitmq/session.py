@@ -108,7 +108,8 @@ class Session:
             if self._fitter is None or self._fitter.done():
                 name = f"brokertask limit {self._queue}"
                 self._fitter = asyncio.create_task(self._fit_or_give_up(), name=name)
-            await asyncio.shield(self._fitter)
+            # Not the task itself: a session that is closed cancels it, not those who wait.
+            await asyncio.wait({self._fitter})
 
     async def close(self) -> None:
         """Close the channel, which gives back what is not settled."""

@@ -1,0 +1,74 @@
+"""What the code of one attempt may ask of its worker: to save its steps, to sleep, to tell news."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from brokertask.attempt import Attempt
+
+REPORT_PAUSE: Final = 0.5
+"""At least so many seconds are between two events of one run's progress."""
+
+
+class AttemptHost:
+    """What the code of one attempt may ask of its worker: see `steps.Host`."""
+
+    def __init__(
+        self,
+        attempt: Attempt,
+        save: Callable[[Attempt], Awaitable[None]],
+        report: Callable[[Attempt, float | None, float | None], Awaitable[None]],
+    ) -> None:
+        self._attempt = attempt
+        self._save = save
+        self._report = report
+        self._loop = asyncio.get_running_loop()
+        self._reporting: asyncio.Task[None] | None = None
+        self._news = False
+        self._over = False
+
+    async def save(self) -> None:
+        """Return when the memory survives a crash, if the task wants that of each step."""
+        if self._attempt.task.options.checkpoint == "step":
+            await self._save(self._attempt)
+
+    def sleep(self, due_ms: int) -> None:
+        """Let the run leave its slot until then."""
+        self._attempt.sleep(due_ms)
+
+    def report(self) -> None:
+        """Tell progress and metadata to whoever listens, soon; from any thread."""
+        self._loop.call_soon_threadsafe(self._schedule)
+
+    async def finish(self) -> None:
+        """Tell the last news, so that they come before the end; nothing comes after it."""
+        self._over = True
+        if self._reporting is not None:
+            self._reporting.cancel()
+            await asyncio.gather(self._reporting, return_exceptions=True)
+            if self._news:
+                await self._tell()
+
+    def _schedule(self) -> None:
+        self._news = True
+        if self._reporting is None and not self._over:
+            self._reporting = asyncio.create_task(self._tell_all())
+
+    async def _tell_all(self) -> None:
+        while self._news:
+            await self._tell()
+            await asyncio.sleep(REPORT_PAUSE)
+        self._reporting = None
+
+    async def _tell(self) -> None:
+        self._news = False
+        context = self._attempt.context
+        if context is not None:
+            done, total = context.progressed or (None, None)
+            try:
+                await self._report(self._attempt, done, total)
+            except asyncio.CancelledError:
+                self._news = True
+                raise
