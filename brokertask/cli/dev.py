@@ -19,7 +19,7 @@ from brokertask.cli.worker import UNMENDABLE, Processes, on_stop_signals, tasks_
 from brokertask.durations import readable
 from brokertask.envelope import Message
 from brokertask.errors import ConfigurationError, EnvelopeError
-from brokertask.events import COMPLETED, EXPIRED, FAILED, RETRYING, Event
+from brokertask.events import COMPLETED, EXPIRED, FAILED, RETRYING, SLEEPING, Event
 from brokertask.settings import DEV_SOCKET, Settings, mask
 from brokertask.supervisor import Report, Supervisor
 from brokertask.topology import Binding, Queue
@@ -211,7 +211,8 @@ def show_event(message: Message) -> None:
     if event.error is not None:
         parts.append(f"{event.error.type}: {event.error.message}"[:MAX_ERROR])
     if event.delay_ms is not None:
-        parts.append(f"again in {readable(event.delay_ms / 1000)}")
+        what = "sleeps" if event.event == SLEEPING else "again in"
+        parts.append(f"{what} {readable(event.delay_ms / 1000)}")
     if event.event == FAILED:
         parts.append(f"dead-lettered ({event.reason})")
     if event.event == EXPIRED:
