@@ -8,6 +8,7 @@
 | `expired`   | the run came too late to start      |                                  |
 | `sleeping`  | the task sleeps, its slot is free   | `delay_ms`                       |
 | `progress`  | the task tells how far it is        | `done`, `total`                  |
+| `warning`   | the run's memory is nearly full     | `warning`                        |
 
 Common fields: `event`, `run_id`, `task`, `attempt`, `at_ms`, `worker`; `metadata`, if the run has
 any. The body is a msgpack map.
@@ -40,6 +41,7 @@ FAILED: Final = "failed"
 EXPIRED: Final = "expired"
 SLEEPING: Final = "sleeping"
 PROGRESS: Final = "progress"
+WARNING: Final = "warning"
 _TYPES: Final[dict[str, type | tuple[type, ...]]] = {
     "event": str,
     "run_id": str,
@@ -50,6 +52,7 @@ _TYPES: Final[dict[str, type | tuple[type, ...]]] = {
     "result": bytes,
     "reason": str,
     "delay_ms": int,
+    "warning": str,
     "done": (int, float),
     "total": (int, float),
     "metadata": dict,
@@ -73,6 +76,7 @@ class Event:
     error: AttemptError | None = None
     reason: str | None = None
     delay_ms: int | None = None
+    warning: str | None = None
     done: float | None = None
     total: float | None = None
     metadata: Metadata | None = None
@@ -135,6 +139,11 @@ def progress_event(
 ) -> Event:
     """Return the event that tells how far a run is."""
     return _event(envelope, at_ms, worker, PROGRESS, done=done, total=total)
+
+
+def warning_event(envelope: Envelope, message: str, *, at_ms: int, worker: str) -> Event:
+    """Return the event that warns of what will end the run if it goes on."""
+    return _event(envelope, at_ms, worker, WARNING, warning=message)
 
 
 def _event(envelope: Envelope, at_ms: int, worker: str, name: str, **values: Any) -> Event:

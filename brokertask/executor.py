@@ -24,7 +24,7 @@ from brokertask.deadletter import bury_raw
 from brokertask.durations import readable
 from brokertask.envelope import Envelope, Message, run_id_of
 from brokertask.errors import BrokertaskError, EnvelopeError, PublishError
-from brokertask.events import Event, event_of, progress_event
+from brokertask.events import Event, event_of
 from brokertask.host import AttemptHost
 from brokertask.keeper import Keeper
 from brokertask.lease import Lease
@@ -259,22 +259,21 @@ class Executor:
             elif envelope.attempt > retry.max_attempts:
                 outcome = await self._performer.give_up(attempt, "crashed", _crashed(envelope))
             else:
-                host = AttemptHost(attempt, self._keeper.save, self._report)
+                host = AttemptHost(
+                    attempt, self._keeper.save, self._news, clock=self._clock, worker=self._worker
+                )
                 outcome = await self._performer.perform(attempt, host, hurry=self._draining)
                 await host.finish()
             span.end(outcome, at_ms=self._clock.now_ms())
             return outcome
 
-    async def _report(self, attempt: Attempt, done: float | None, total: float | None) -> None:
-        """Publish how far a run is; it is only news, so one try will do."""
-        event = progress_event(
-            attempt.now, done, total, at_ms=self._clock.now_ms(), worker=self._worker
-        )
+    async def _news(self, attempt: Attempt, event: Event) -> None:
+        """Publish an event in the middle of a run: only news, so one try will do."""
         timeout, route = self._settings.publish_timeout, self._event_route(attempt, event)
         try:
             await self._transport.publish(route, event.message(), timeout=timeout, mandatory=False)
         except BrokertaskError as error:
-            log.debug("progress of run %s is lost: %s", event.run_id, error)
+            log.debug("%s of run %s is lost: %s", event.event, event.run_id, error)
 
     async def settle(self, attempt: Attempt, outcome: Outcome) -> bool:
         """Tell the broker what an attempt came to. Every run ends its time in this worker here.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final
 
 from brokertask.attempt import Attempt
+from brokertask.clock import Clock
+from brokertask.events import Event, progress_event, warning_event
 
 REPORT_PAUSE: Final = 0.5
 """At least so many seconds are between two events of one run's progress."""
@@ -19,11 +21,17 @@ class AttemptHost:
         self,
         attempt: Attempt,
         save: Callable[[Attempt], Awaitable[None]],
-        report: Callable[[Attempt, float | None, float | None], Awaitable[None]],
+        tell: Callable[[Attempt, Event], Coroutine[Any, Any, None]],
+        *,
+        clock: Clock,
+        worker: str,
     ) -> None:
         self._attempt = attempt
         self._save = save
-        self._report = report
+        self._publish = tell
+        self._clock = clock
+        self._worker = worker
+        self._warnings: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._reporting: asyncio.Task[None] | None = None
         self._news = False
@@ -38,6 +46,10 @@ class AttemptHost:
         """Let the run leave its slot until then."""
         self._attempt.sleep(due_ms)
 
+    def warn(self, message: str) -> None:
+        """Tell of what will end the run if it goes on; from any thread."""
+        self._loop.call_soon_threadsafe(self._start_warning, message)
+
     def report(self) -> None:
         """Tell progress and metadata to whoever listens, soon; from any thread."""
         self._loop.call_soon_threadsafe(self._schedule)
@@ -45,11 +57,19 @@ class AttemptHost:
     async def finish(self) -> None:
         """Tell the last news, so that they come before the end; nothing comes after it."""
         self._over = True
+        await asyncio.gather(*self._warnings, return_exceptions=True)
         if self._reporting is not None:
             self._reporting.cancel()
             await asyncio.gather(self._reporting, return_exceptions=True)
             if self._news:
                 await self._tell()
+
+    def _start_warning(self, message: str) -> None:
+        attempt, now_ms = self._attempt, self._clock.now_ms()
+        event = warning_event(attempt.now, message, at_ms=now_ms, worker=self._worker)
+        warning = asyncio.create_task(self._publish(attempt, event))
+        self._warnings.add(warning)
+        warning.add_done_callback(self._warnings.discard)
 
     def _schedule(self) -> None:
         self._news = True
@@ -67,8 +87,10 @@ class AttemptHost:
         context = self._attempt.context
         if context is not None:
             done, total = context.progressed or (None, None)
+            now, now_ms = self._attempt.now, self._clock.now_ms()
+            event = progress_event(now, done, total, at_ms=now_ms, worker=self._worker)
             try:
-                await self._report(self._attempt, done, total)
+                await self._publish(self._attempt, event)
             except asyncio.CancelledError:
                 self._news = True
                 raise

@@ -63,6 +63,10 @@ class Host(Protocol):
         """Let the run leave its slot until then: cancels the task's code."""
         ...
 
+    def warn(self, message: str) -> None:
+        """Tell of what will end the run if it goes on; from any thread."""
+        ...
+
 
 class Steps:
     """What a run remembers, as the attempt that has it in hands goes on.
@@ -308,7 +312,10 @@ class Steps:
             )
             raise self.defect
         if size > self._max_bytes * NEARLY_FULL >= before:
-            log.warning("a run remembers %d bytes, the limit is %d", size, self._max_bytes)
+            warning = f"the run remembers {size} bytes, the limit is {self._max_bytes}"
+            log.warning("%s", warning)
+            if self._host is not None:
+                self._host.warn(warning)
         self.memory = memory
 
     # -- sleeps

@@ -30,7 +30,16 @@ from brokertask.deadletter import DeadLetter
 from brokertask.durations import Duration, readable, seconds
 from brokertask.envelope import Message
 from brokertask.errors import BrokertaskError, ConfigurationError
-from brokertask.events import COMPLETED, EXPIRED, FAILED, PROGRESS, RETRYING, SLEEPING, Event
+from brokertask.events import (
+    COMPLETED,
+    EXPIRED,
+    FAILED,
+    PROGRESS,
+    RETRYING,
+    SLEEPING,
+    WARNING,
+    Event,
+)
 from brokertask.outcome import AttemptError
 from brokertask.run import Run
 from brokertask.topology import IN_PLACE_MS, Binding, Queue
@@ -42,6 +51,7 @@ __all__ = ["DrainTimeout", "Harness", "RunRecord"]
 Status: TypeAlias = Literal["running", "retrying", "sleeping", "completed", "failed", "expired"]
 _STATUS: Final[Mapping[str, Status]] = {
     PROGRESS: "running",
+    WARNING: "running",
     RETRYING: "retrying",
     SLEEPING: "sleeping",
     COMPLETED: "completed",
@@ -73,6 +83,7 @@ class RunRecord:
     """The seconds between its attempts, and those it slept."""
     metadata: dict[str, Any] = field(default_factory=dict)
     progress: tuple[float, float | None] | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 class Harness:
@@ -211,6 +222,8 @@ class Harness:
             record.metadata = dict(event.metadata)
         if event.event == PROGRESS and event.done is not None:
             record.progress = (event.done, event.total)
+        if event.warning is not None:
+            record.warnings.append(event.warning)
         if event.delay_ms is not None:
             record.delays.append(event.delay_ms / 1000)
         if event.result is not None:

@@ -156,6 +156,9 @@ class _Printer:
             case events.SLEEPING:
                 self._line(f"sleeps for {readable((event.delay_ms or 0) / 1000)}")
                 return
+            case events.WARNING:
+                self._line(printable(event.warning or ""))
+                return
             case events.PROGRESS:
                 self._progress(event)
                 return

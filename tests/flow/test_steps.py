@@ -899,10 +899,13 @@ async def test_a_nearly_full_memory_is_said(caplog: pytest.LogCaptureFixture, di
         await ctx.step("page", did.do, "x" * 900)
 
     async with Harness(app) as harness:
-        await work.trigger()
+        run = await work.trigger()
         with caplog.at_level(logging.WARNING, "brokertask.task"):
             await harness.drain()
-    assert "remembers" in caplog.text
+        (warning,) = harness[run].warnings
+        assert harness[run].status == "completed"
+    assert warning in caplog.text
+    assert "the limit is 1024" in warning
     assert "xxx" not in caplog.text
 
 
