@@ -282,7 +282,7 @@ class Executor:
         the two makes the message double, never lost. Returns False if the broker has taken every
         delivery back; called again with one that comes later, it goes on where it ended.
         """
-        attempt.lease.ending = True
+        attempt.lease.end()
         async with attempt.lease.moving:
             if attempt.ended_ms is None:
                 attempt.ended_ms = self._clock.now_ms()

@@ -168,7 +168,7 @@ class Inflight:
             return True
         waited = 0
         with window.expecting():
-            while not (lease.live or arrival.live) and waited <= PATIENCE:
+            while not (lease.live or arrival.live or lease.ending) and waited <= PATIENCE:
                 lease.joined.clear()
                 with suppress(TimeoutError):
                     async with asyncio.timeout(1):

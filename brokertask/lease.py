@@ -40,6 +40,11 @@ class Lease:
         self.deliveries.append(delivery)
         self.joined.set()
 
+    def end(self) -> None:
+        """Let nobody wait for it any more: it is going to be settled."""
+        self.ending = True
+        self.joined.set()
+
     async def ack(self) -> None:
         """Settle every delivery. What follows the message is on the broker's disk, or nothing."""
         for delivery in self.deliveries:

@@ -45,6 +45,7 @@ class Window:
     def expecting(self) -> Iterator[None]:
         """Leave room for a run that has its slot, and whose message was lost and comes again."""
         self._expected += 1
+        self._limited = True
         self._later()
         try:
             yield
