@@ -19,9 +19,7 @@ from brokertask.errors import UnsupportedType
 
 def is_async(function: Callable[..., Any]) -> bool:
     """Whether calling it gives an awaitable, as far as can be seen without calling it."""
-    plain = inspect.isroutine(function) or isinstance(function, partial)
-    call = function if plain else type(function).__call__
-    return inspect.iscoroutinefunction(inspect.unwrap(call))
+    return inspect.iscoroutinefunction(inspect.unwrap(_called(function)))
 
 
 async def call(function: Callable[[], Any], *, threads: anyio.CapacityLimiter | None = None) -> Any:
@@ -30,7 +28,7 @@ async def call(function: Callable[[], Any], *, threads: anyio.CapacityLimiter | 
     Cancelled, it does not wait for the thread, which Python cannot end.
     """
     # A sync function that only wraps an async one, as with asyncio.run, needs a thread.
-    if inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(_called(function)):
         return await function()
     result = await anyio.to_thread.run_sync(function, limiter=threads, abandon_on_cancel=True)
     # A plain wrapper around an async function looks like a sync one until it is called.
@@ -96,6 +94,13 @@ def _result_type(function: Callable[..., Any]) -> TypeAdapter[Any] | None:
     if annotation in (Any, object, NoReturn, Never) or isinstance(annotation, TypeVar):
         return None
     return adapter(annotation, f"the result of {name}")
+
+
+def _called(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what is called in the end: the function of a partial, the method of an object."""
+    while isinstance(function, partial):
+        function = function.func
+    return function if inspect.isroutine(function) else type(function).__call__
 
 
 def _innermost(function: Callable[..., Any]) -> Callable[..., Any]:
