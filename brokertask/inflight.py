@@ -34,9 +34,9 @@ ARRIVAL_USUAL: Final = 0.5
 PATIENCE: Final = 15
 """Seconds with a connection in which a lost delivery has come back, unless it is elsewhere: what
 a dying node was moving between two queues is moved again after ten."""
-FAILURES: Final = 3
-"""After so many without an answer a new queue is made: one that was declared just before a broker
-died may have no leader."""
+SILENCE: Final = 0.9
+"""After a publish that had no answer for this part of its time-out, a new queue is made: one that
+was declared just before a broker died may have no leader. A lost connection is told sooner."""
 BACKOFF_MAX: Final = 10.0
 
 
@@ -115,22 +115,19 @@ class Inflight:
         self, lease: Lease, message: Message, arrival: _Arrival, window: Window
     ) -> bool:
         """Publish until it is confirmed, or has come; False if the run is not ours meanwhile."""
-        pause, failures = 0.2, 0
+        pause, loop = 0.2, asyncio.get_running_loop()
         while await self._until_live(lease, arrival, window):
             if arrival.live:
                 return True
-            queue = None
+            queue, begun = None, loop.time()
             try:
                 queue = await self._open()
                 route = self._names.inflight_route(lease.envelope.task, queue)
                 await self._transport.publish(route, message, timeout=self._timeout)
             except BrokertaskError as error:
-                # A queue that takes nothing may have no leader; others only say "not now".
-                failures += isinstance(error, PublishUnknown)
-                if failures >= FAILURES:
-                    failures = 0
-                    # Unless another has seen to it already.
-                    self._queue = None if self._queue == queue else self._queue
+                silent = loop.time() - begun >= self._timeout * SILENCE
+                if isinstance(error, PublishUnknown) and silent and self._queue == queue:
+                    self._queue = None
                 log.warning("run %s cannot be checkpointed yet: %s", message.message_id, error)
                 if lease.ending:
                     return False
