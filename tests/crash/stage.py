@@ -33,6 +33,7 @@ from brokertask.identity import uuid7
 from brokertask.topology import Names
 from brokertask.transport.base import Delivery
 from brokertask.transport.rabbitmq import RabbitTransport
+from brokertask.transport.rabbitmq.link import BACKOFF_MAX
 from infra.rabbitmq.node import Node
 from tests.crash import subject
 from tests.crash.journal import VARIABLE, Entry, Journal
@@ -343,7 +344,8 @@ class Stage:
         """Assert that the workers live, and that a run of theirs completes."""
         assert all(worker.alive for worker in self.workers)
         run = await self.trigger("quick", 1)
-        assert await run.result(timeout=SECONDS) == 1
+        # After cuts in quick succession a worker waits, before it connects once more.
+        assert await run.result(timeout=SECONDS + BACKOFF_MAX) == 1
 
     async def held(self) -> dict[str, int]:
         """Return what every queue holds that has to be empty in the end; it says who holds more."""

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from tests.crash.delays import early, lateness, report
+from tests.crash.delays import CLOCK_STEP, early, lateness, report
 from tests.crash.stage import Stage
 
 pytestmark = pytest.mark.anyio
@@ -25,7 +25,7 @@ async def test_retries_come_after_1_2_4_and_8_seconds(stage: Stage) -> None:
         for attempt, (end, start) in enumerate(zip(ends, starts[1:], strict=False)):
             waited[attempt].append(start.at - end.at)
     for expected, measured in zip((1, 2, 4, 8), waited, strict=True):
-        assert min(measured) >= expected
+        assert min(measured) >= expected - CLOCK_STEP
         assert statistics.median(measured) <= expected + 0.25
     await stage.check()
 

@@ -26,7 +26,7 @@ MODULES: Final = sorted(
 REFERENCE: Final = ROOT / "docs/reference"
 LONGEST_MODULE: Final = 400
 LONGEST_FUNCTION: Final = 40
-IMPORT_MS: Final = 300
+MOST_OF_AN_IMPORT: Final = 2.0
 ERRORS: Final = sorted(
     (
         value
@@ -86,15 +86,20 @@ def test_the_rules_would_notice(tmp_path: Path) -> None:
 
 
 def test_an_import_is_quick() -> None:
-    program = (
-        "import time; wall, cpu = time.perf_counter(), time.process_time(); import brokertask;"
-        "print(time.perf_counter() - wall, time.process_time() - cpu)"
-    )
-    walls, cpus = zip(*(_numbers(program) for _ in range(5)), strict=True)
-    wall, cpu = (statistics.median(times) * 1000 for times in (walls, cpus))
-    print(f"import brokertask: {wall:.0f} ms, of which {cpu:.0f} ms of CPU")
-    # On a busy machine the wall clock tells of others.
-    assert cpu < IMPORT_MS
+    """Measured against what it stands on, in turns: machines differ, and so do their moments."""
+    pairs = [
+        (_import_cpu("brokertask"), _import_cpu("aio_pika, pydantic.main, pydantic_settings"))
+        for _ in range(5)
+    ]
+    ours, theirs = (statistics.median(times) * 1000 for times in zip(*pairs, strict=True))
+    print(f"import brokertask: {ours:.0f} ms of CPU; its libraries: {theirs:.0f} ms")
+    assert statistics.median(own / other for own, other in pairs) < MOST_OF_AN_IMPORT
+
+
+def _import_cpu(modules: str) -> float:
+    program = f"import time; began = time.process_time(); import {modules};"
+    (seconds,) = _numbers(program + "print(time.process_time() - began)")
+    return seconds
 
 
 def _numbers(program: str) -> tuple[float, ...]:
