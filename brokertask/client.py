@@ -7,11 +7,10 @@ is used from, and one background thread with a loop of its own for callers that 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, Final, TypedDict
 
@@ -23,17 +22,15 @@ from brokertask.envelope import Envelope, Message
 from brokertask.errors import (
     AccessDenied,
     BatchError,
-    BrokertaskError,
     EnvelopeError,
     PayloadTooLarge,
     PublishError,
-    TopologyMismatch,
     Unroutable,
 )
 from brokertask.events import Event
 from brokertask.identity import checked_id, checked_tags, uuid7
-from brokertask.portal import portal
 from brokertask.run import Run, Session, from_thread, private_queue, running_in
+from brokertask.sessions import Sessions
 from brokertask.settings import Settings
 from brokertask.telemetry import Telemetry
 from brokertask.topology import IN_PLACE_MS, Binding, Route, Topology, check_task_id
@@ -87,10 +84,8 @@ class Client:
         self._settings = settings
         self._telemetry = telemetry
         self._now_ms = now_ms
-        self._connect = connect
-        self._topology = topology
-        self._sessions: dict[int, asyncio.Task[Session]] = {}
-        portal.invite(self)
+        self._sessions = Sessions(settings, claims, connect=connect, topology=topology)
+        self._session = self._sessions.get
 
     async def trigger(
         self,
@@ -142,18 +137,22 @@ class Client:
         delay: Duration = 0,
         expires: Duration | None = None,
         tags: Sequence[str] = (),
+        run_ids: Sequence[str] | None = None,
     ) -> list[Run[Any]]:
         """Ask for a run for each payload, in order, sharing round trips to the broker.
 
-        Nothing is sent unless every payload can be.
+        Nothing is sent unless every payload can be. With `run_ids` each run gets the id in its
+        place.
 
         Raises:
             BatchError: Some were not taken; its `results` tell of each.
             PayloadError: A payload cannot be sent; nothing was.
         """
         bodies = [self.encode(payload) for payload in payloads]
+        ids: Sequence[str | None] = run_ids or [None] * len(bodies)
         envelopes = [
-            self._envelope(task, body, delay=delay, expires=expires, tags=tags) for body in bodies
+            self._envelope(task, body, delay=delay, expires=expires, tags=tags, run_id=run_id)
+            for body, run_id in zip(bodies, ids, strict=True)
         ]
         session = await self._session()
         if envelopes:
@@ -251,26 +250,11 @@ class Client:
 
     async def close(self) -> None:
         """Disconnect this event loop's session, deleting its reply queue."""
-        opening = self._sessions.pop(id(asyncio.get_running_loop()), None)
-        if opening is not None:
-            with suppress(BrokertaskError):
-                await (await opening).close()
+        await self._sessions.close()
 
-    @contextmanager
-    def afresh(self) -> Iterator[None]:
+    def afresh(self) -> AbstractContextManager[None]:
         """Begin with no session inside the block: it uses another broker, as tests do."""
-        before, self._sessions = self._sessions, {}
-        try:
-            yield
-        finally:
-            self._sessions = before
-
-    def forget(self) -> None:
-        """Begin anew, as a forked child has to: the sessions are its parent's."""
-        # They must never be collected here. A socket closed by the collector would leave the epoll
-        # that both processes share, and the parent would hear no more.
-        _OF_THE_PARENT.append(self._sessions)
-        self._sessions = {}
+        return self._sessions.afresh()
 
     def encode(self, payload: object) -> bytes:
         """Return a payload in msgpack, within the size limit if it does not leave as a claim."""
@@ -352,48 +336,5 @@ class Client:
             raise
         self._telemetry.triggered(envelope.task)
 
-    async def _session(self) -> Session:
-        loop = asyncio.get_running_loop()
-        opening = self._sessions.get(id(loop))
-        if opening is None or opening.get_loop() is not loop:
-            for key, task in list(self._sessions.items()):
-                if task.get_loop().is_closed():
-                    del self._sessions[key]
-            # In a context of its own: it outlives the run or request that happens to be the first.
-            opening = loop.create_task(
-                self._open(), name="brokertask client", context=contextvars.Context()
-            )
-            self._sessions[id(loop)] = opening
-        try:
-            return await asyncio.shield(opening)
-        except BaseException:
-            # Whatever it failed with, the next caller tries anew. A caller that was cancelled
-            # leaves it to the others.
-            failed = opening.done() and (opening.cancelled() or opening.exception() is not None)
-            if failed and self._sessions.get(id(loop)) is opening:
-                del self._sessions[id(loop)]
-            raise
-
-    async def _declare(self, transport: Transport) -> None:
-        try:
-            await transport.declare(self._topology())
-        except TopologyMismatch as error:
-            # Triggering works all the same; it is the worker that must not start like this.
-            log.error("%s", error)
-
-    async def _open(self) -> Session:
-        self.claims.open()
-        session = Session(self._connect(), self.claims)
-        try:
-            await session.transport.open(timeout=self._settings.connect_timeout)
-            if self._settings.declare:
-                await self._declare(session.transport)
-            await session.listen(self._settings)
-        except BaseException:
-            await session.close()
-            raise
-        return session
-
 
 _ANYTHING: Final[TypeAdapter[Any]] = TypeAdapter(Any)
-_OF_THE_PARENT: Final[list[object]] = []

@@ -360,7 +360,7 @@ async def test_a_run_that_nobody_holds_is_forgotten(app: App) -> None:
     run = await app.tasks["double"].trigger(1)
     await app.tasks["double"].trigger(2)
     gc.collect()
-    session = await next(iter(app.client._sessions.values()))
+    session = await app.client._sessions.get()
     assert list(session._hearings) == [run.run_id]
 
 
