@@ -17,6 +17,7 @@ from brokertask.outcome import (
     Retrying,
     Sleeping,
     Succeeded,
+    Waiting,
 )
 from brokertask.topology import IN_PLACE_MS, Names, Route
 
@@ -43,6 +44,9 @@ def continuation(
         case Sleeping(delay=delay):
             again = replace(again, wait="sleep")
             return _delayed(names, again, round(delay * 1000), now_ms + round(delay * 1000))
+        case Waiting(on=on, due_ms=due_ms):
+            kind = on[0].partition(":")[0] if on else "wait"
+            return names.server_route("wait"), replace(again, wait=kind, due_ms=due_ms).message()
         case Early(delay=delay):
             return _delayed(names, envelope, round(delay * 1000), envelope.due_ms)
         case Failed():

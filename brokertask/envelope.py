@@ -213,7 +213,7 @@ class Envelope:
 
         It goes on behind its finished steps, unless it shall forget them.
         """
-        memory = Memory() if forget else replace(self.memory, errors=())
+        memory = Memory() if forget else self.memory.redriven()
         return replace(
             self.again(attempt=1, now_ms=now_ms, memory=memory),
             trace=trace,

@@ -7,6 +7,7 @@
         BrokerUnavailable         no connection; nothing was sent
         AccessDenied              the broker refused this user
         Unroutable                no queue takes it: the task is not declared on this broker
+          NoServer                it needs a server, and none was ever started here
         QueueFull                 the queue or the broker refused it for now
         BrokerBlocked             a memory or disk alarm stops publishing
         PublishUnknown            sent, no answer in time: repeat with the same run id
@@ -15,7 +16,7 @@
         InvalidPayload  PayloadTooLarge  MemoryFull  PayloadUnavailable
       EnvelopeError               bytes from the broker that are no run; buried with `reason`
       RunError                    what `Run.result()` raises; carries run id and task
-        RunFailed  RunExpired  ResultTimeout  ResultUnavailable
+        RunFailed  RunExpired  ResultTimeout  ResultUnavailable  ChildFailed
       Abort, RetryAfter           raised by task authors to steer the retry
 
 Messages say what happened, where, and how to mend it. They never hold payloads or passwords.
@@ -119,6 +120,10 @@ class Unroutable(PublishError):
     """No queue is bound for this task; nothing was stored."""
 
 
+class NoServer(Unroutable):
+    """This needs a `brokertask server`, and none has ever been started on this broker."""
+
+
 class QueueFull(PublishError):
     """A queue at its length limit, or a broker short of resources, refused the message."""
 
@@ -217,6 +222,25 @@ class ResultTimeout(RunError, TimeoutError):
 
 class ResultUnavailable(RunError):
     """This client cannot receive results; the message says why."""
+
+
+class ChildFailed(RunError):
+    """A run that a task waits for ended without a result. It is remembered: no retry helps.
+
+    Redrive the child, and then the run that waits for it.
+
+    Attributes:
+        reason: As of `RunFailed`; or `expired`, `cancelled`, or `too_large`: its result does not
+            fit into what the waiting run may remember.
+        error: What its last attempt raised: `type` and `message`.
+    """
+
+    def __init__(
+        self, message: str, *, run_id: str, task: str, reason: str, error: Mapping[str, str]
+    ) -> None:
+        super().__init__(message, run_id=run_id, task=task)
+        self.reason = reason
+        self.error = error
 
 
 class Abort(BrokertaskError):

@@ -7,6 +7,7 @@
 | `failed`    | the run went to the dead letters    | `error`, `reason`                |
 | `expired`   | the run came too late to start      |                                  |
 | `sleeping`  | the task sleeps, its slot is free   | `delay_ms`                       |
+| `waiting`   | the task waits, its slot is free    | `waits`                          |
 | `progress`  | the task tells how far it is        | `done`, `total`                  |
 | `warning`   | the run's memory is nearly full     | `warning`                        |
 
@@ -16,6 +17,7 @@ any. The body is a msgpack map.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final
@@ -32,6 +34,7 @@ from brokertask.outcome import (
     Retrying,
     Sleeping,
     Succeeded,
+    Waiting,
 )
 from brokertask.values import MSGPACK, decode, pack
 
@@ -40,6 +43,7 @@ RETRYING: Final = "retrying"
 FAILED: Final = "failed"
 EXPIRED: Final = "expired"
 SLEEPING: Final = "sleeping"
+WAITING: Final = "waiting"
 PROGRESS: Final = "progress"
 WARNING: Final = "warning"
 _TYPES: Final[dict[str, type | tuple[type, ...]]] = {
@@ -53,6 +57,7 @@ _TYPES: Final[dict[str, type | tuple[type, ...]]] = {
     "reason": str,
     "delay_ms": int,
     "warning": str,
+    "waits": list,
     "done": (int, float),
     "total": (int, float),
     "metadata": dict,
@@ -77,6 +82,8 @@ class Event:
     reason: str | None = None
     delay_ms: int | None = None
     warning: str | None = None
+    waits: Sequence[str] | None = None
+    """What a waiting run waits for: `call:charge`, `token:approval`."""
     done: float | None = None
     total: float | None = None
     metadata: Metadata | None = None
@@ -130,6 +137,8 @@ def event_of(outcome: Outcome, envelope: Envelope, *, at_ms: int, worker: str) -
             return event(EXPIRED)
         case Sleeping(delay=delay):
             return event(SLEEPING, delay_ms=round(delay * 1000))
+        case Waiting(on=on):
+            return event(WAITING, waits=list(on))
         case _:
             return None
 

@@ -16,6 +16,7 @@ from brokertask.claim import Claim
 from brokertask.errors import EnvelopeError
 from brokertask.outcome import AttemptError
 from brokertask.values import MSGPACK, decode, pack
+from brokertask.wait import WAIT, reopened
 
 KEPT_ERRORS: Final = 20
 MAX_ERRORS_BYTES: Final = 1_048_576
@@ -80,6 +81,24 @@ class Memory:
     def with_step(self, step: Step) -> Memory:
         """Return this memory with one more finished step."""
         return replace(self, steps=(*self.steps, step))
+
+    def with_result(self, key: str, result: bytes) -> Memory:
+        """Return this memory with another result for one of its steps."""
+        steps = (replace(step, result=result) if step.key == key else step for step in self.steps)
+        return replace(self, steps=tuple(steps))
+
+    def redriven(self) -> Memory:
+        """Return what a dead run remembers when it is put back to work.
+
+        A wait that failed is asked for anew: what it was for may have come to another end.
+        """
+        steps = (
+            replace(step, result=reopened(step.result))
+            if step.function == WAIT and isinstance(step.result, bytes)
+            else step
+            for step in self.steps
+        )
+        return replace(self, errors=(), steps=tuple(steps))
 
     @property
     def size(self) -> int:

@@ -7,6 +7,7 @@
 | Retrying       | publish the next attempt to the delay ladder, confirmed; event, ack     |
 | Early          | publish the message to the delay ladder, confirmed; ack                 |
 | Sleeping       | publish the run, as far as it is, to the ladder, confirmed; event, ack  |
+| Waiting        | publish the run, as far as it is, to the server, confirmed; event, ack   |
 | Failed         | publish to the dead-letter exchange, confirmed; event, ack              |
 | Interrupted    | publish the message back to its queue, confirmed; ack: not counted      |
 | Repeated       | ack                                                                     |
@@ -90,6 +91,16 @@ class Sleeping:
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting:
+    """The task waits for what only a server hears of: it goes on behind its finished steps."""
+
+    on: tuple[str, ...]
+    """What it waits for, in the words of `wait.Target`: `call:charge`, `token:approval`."""
+    due_ms: int | None = None
+    """When a sleep beside it ends, in ms since the epoch; it goes on then at the latest."""
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """No attempt is left, or none would help."""
 
@@ -108,5 +119,5 @@ class Repeated:
 
 
 Outcome: TypeAlias = (
-    Succeeded | Expired | Retrying | Early | Sleeping | Failed | Interrupted | Repeated
+    Succeeded | Expired | Retrying | Early | Sleeping | Waiting | Failed | Interrupted | Repeated
 )

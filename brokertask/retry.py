@@ -11,6 +11,7 @@ from typing import Final
 from brokertask.durations import Duration, seconds
 from brokertask.errors import (
     Abort,
+    ChildFailed,
     ConfigurationError,
     InvalidOption,
     PayloadUnavailable,
@@ -82,8 +83,8 @@ class Retry:
         return RetryDecision(self.backoff(attempt) * (random.uniform(0.5, 1) if self.jitter else 1))
 
     def _retries(self, error: BaseException) -> bool:
-        # The code or the settings have to change first.
-        never = (*_classes("never_on", self.never_on), ConfigurationError)
+        # The code, the settings or a child have to change first.
+        never = (*_classes("never_on", self.never_on), ConfigurationError, ChildFailed)
         wanted = (*_classes("on", self.on), PayloadUnavailable)
         return isinstance(error, wanted) and not isinstance(error, never)
 

@@ -37,6 +37,7 @@ from brokertask.events import (
     PROGRESS,
     RETRYING,
     SLEEPING,
+    WAITING,
     WARNING,
     Event,
 )
@@ -48,12 +49,15 @@ from brokertask.values import MSGPACK, decode
 
 __all__ = ["DrainTimeout", "Harness", "RunRecord"]
 
-Status: TypeAlias = Literal["running", "retrying", "sleeping", "completed", "failed", "expired"]
+Status: TypeAlias = Literal[
+    "running", "retrying", "sleeping", "waiting", "completed", "failed", "expired"
+]
 _STATUS: Final[Mapping[str, Status]] = {
     PROGRESS: "running",
     WARNING: "running",
     RETRYING: "retrying",
     SLEEPING: "sleeping",
+    WAITING: "waiting",
     COMPLETED: "completed",
     FAILED: "failed",
     EXPIRED: "expired",

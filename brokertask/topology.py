@@ -172,6 +172,11 @@ class Names:
         """The exchange of checkpoints, and what the names of workers' own queues begin with."""
         return f"{self.namespace}.inflight"
 
+    @property
+    def server(self) -> str:
+        """The exchange of what servers are asked to do, and what their queues begin with."""
+        return f"{self.namespace}.server"
+
     def died_inflight(self, headers: Mapping[str, object]) -> int:
         """Return 1 if a message came back from the inflight queue of a worker that died, else 0."""
         match headers.get("x-death"):
@@ -215,6 +220,10 @@ class Names:
     def inflight_route(self, task: str, queue: str) -> Route:
         """Where a checkpoint goes; if its worker dies, it comes back under its task."""
         return Route(self.inflight, task, (queue,))
+
+    def server_route(self, what: str) -> Route:
+        """Where a request to the servers goes: `wait`, `ask` or `admit`."""
+        return Route(self.server, what)
 
     def event_route(self, event: str, task: str, *, reply_to: str | None = None) -> Route:
         """Where an event goes: to whoever listens, and to the caller that waits for the run."""

@@ -20,6 +20,7 @@ from brokertask.outcome import (
     Retrying,
     Sleeping,
     Succeeded,
+    Waiting,
 )
 from brokertask.telemetry import attributes as keys
 from brokertask.telemetry import propagation
@@ -158,6 +159,8 @@ class AttemptSpan:
                 span.add_event(
                     keys.RUN_SUSPENDED, {"kind": "sleep", "delay_ms": round(delay * 1000)}
                 )
+            case Waiting(on=on):
+                span.add_event(keys.RUN_SUSPENDED, {"kind": "wait", "on": on})
             case Failed(reason=reason, error=error):
                 mark_failed(span, error.type, error.message)
                 span.add_event(
@@ -183,7 +186,7 @@ def _words(outcome: Outcome) -> tuple[str, str | None]:
             return "retry", None
         case Failed():
             return "failed", keys.DEAD
-        case Early() | Sleeping() | Repeated():
+        case Early() | Sleeping() | Waiting() | Repeated():
             return "suspended", None
         case Interrupted():
             return "interrupted", None

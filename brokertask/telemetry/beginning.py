@@ -20,6 +20,7 @@ LONGEST_WAIT_MS: Final = 300_000
 """Behind a longer one a new trace begins: collectors decide on a trace, and stores and people look
 at it, within minutes."""
 MAX_LOST: Final = 5
+WAITS: Final = frozenset({"delay", "retry", "sleep", "call", "map", "run", "token", "event"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def _wait(envelope: Envelope, now_ms: int) -> _Wait | None:
     kind = "delay" if first else envelope.wait
     since = envelope.triggered_ms if first else envelope.sent_ms
     due = envelope.due_ms
-    if kind not in ("delay", "retry", "sleep") or since is None or due is None:
+    if kind not in WAITS or since is None or due is None:
         return None
     # Beyond what two clocks may differ by, it is not over yet.
     if due - since < SHORTEST_WAIT_MS or due > now_ms + SHORTEST_WAIT_MS:
