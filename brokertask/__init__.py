@@ -16,12 +16,14 @@ from brokertask.errors import (
     BrokerBlocked,
     BrokertaskError,
     BrokerUnavailable,
+    ChildFailed,
     ConfigurationError,
     DuplicateTask,
     EnvelopeError,
     InvalidOption,
     InvalidPayload,
     MemoryFull,
+    NoServer,
     PayloadError,
     PayloadTooLarge,
     PayloadUnavailable,
@@ -45,6 +47,7 @@ from brokertask.run import Run
 from brokertask.settings import Settings
 from brokertask.task import CallNext, Task
 from brokertask.topology import QueueOptions as Queue
+from brokertask.waitable import Failure, First, Rejected, TimedOut, Token
 from brokertask.worker import Worker
 
 __version__ = "0.1.0"
@@ -58,15 +61,19 @@ __all__ = [
     "BrokerUnavailable",
     "BrokertaskError",
     "CallNext",
+    "ChildFailed",
     "Client",
     "ConfigurationError",
     "Context",
     "DuplicateTask",
     "EnvelopeError",
     "Event",
+    "Failure",
+    "First",
     "InvalidOption",
     "InvalidPayload",
     "MemoryFull",
+    "NoServer",
     "PayloadError",
     "PayloadTooLarge",
     "PayloadUnavailable",
@@ -74,6 +81,7 @@ __all__ = [
     "PublishUnknown",
     "Queue",
     "QueueFull",
+    "Rejected",
     "ResultTimeout",
     "ResultUnavailable",
     "Retry",
@@ -85,6 +93,8 @@ __all__ = [
     "Settings",
     "StepMismatch",
     "Task",
+    "TimedOut",
+    "Token",
     "TopologyMismatch",
     "Unroutable",
     "UnsupportedType",

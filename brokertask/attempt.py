@@ -53,6 +53,8 @@ class Attempt:
     interrupted: bool = False
     due_ms: int | None = None
     """When the run goes on; set once it sleeps."""
+    waits: tuple[str, ...] = ()
+    """What the run waits for; set once it does."""
     superseded: bool = False
     """A later message of the run is elsewhere, so this one comes to nothing."""
     changes: int = 0
@@ -100,6 +102,11 @@ class Attempt:
         """Cancel it because it sleeps until then."""
         self.due_ms = due_ms
         self.cancel("sleep")
+
+    def wait(self, on: tuple[str, ...], due_ms: int | None) -> None:
+        """Cancel it because it waits for what a server hears of, or until then."""
+        self.waits, self.due_ms = on, due_ms
+        self.cancel("wait")
 
     def supersede(self) -> None:
         """Cancel it because another message of the run has taken its place."""

@@ -23,6 +23,7 @@ from brokertask.errors import (
     AccessDenied,
     BatchError,
     EnvelopeError,
+    NoServer,
     PayloadTooLarge,
     PublishError,
     Unroutable,
@@ -46,8 +47,8 @@ JOINED_FAN_OUT: Final = 50
 """Larger fan-outs get traces of their own: trace viewers are slow beyond some thousand spans."""
 
 
-class TriggerOptions(TypedDict, total=False):
-    """What `trigger` takes beside the payload."""
+class ChildOptions(TypedDict, total=False):
+    """What `task.call` and `task.map` take beside payloads."""
 
     delay: Duration
     """Start no sooner than after this long."""
@@ -55,6 +56,11 @@ class TriggerOptions(TypedDict, total=False):
     """Do not start later than after this long; the run then ends as expired."""
     tags: Sequence[str]
     """Up to 32 short labels, carried along and shown."""
+
+
+class TriggerOptions(ChildOptions, total=False):
+    """What `trigger` takes beside the payload."""
+
     run_id: str
     """The run's id, to repeat a trigger whose answer is unknown. Default: a new UUIDv7."""
 
@@ -243,6 +249,26 @@ class Client:
         finally:
             heard.put_nowait(None)
             await listener.close()
+
+    async def find_server(self) -> None:
+        """Return if there is, or was, a server on this broker: its queues keep what comes.
+
+        Cost: a round trip to the broker, until one has been found.
+
+        Raises:
+            NoServer: There has never been one.
+        """
+        session, names = await self._session(), self._settings.names
+        queue = f"{names.server}.waits"
+        if queue in session.found:
+            return
+        with suppress(AccessDenied):  # RabbitMQ 4.3 and later let only some users look.
+            if await session.transport.depth(queue) is None:
+                raise NoServer(
+                    "this needs a server, and none was ever started on this broker: start "
+                    "`brokertask server`"
+                )
+        session.found.add(queue)
 
     async def open(self) -> None:
         """Connect now rather than at the first trigger."""

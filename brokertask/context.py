@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, MutableMapping
 from concurrent.futures import CancelledError
 from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, TypeVar, TypeVarTuple, overload
+from typing import Any, Literal, TypeVar, TypeVarTuple, overload
 
 from brokertask.durations import Duration, seconds
 from brokertask.errors import ConfigurationError, InvalidOption
+from brokertask.functions import adapter
 from brokertask.memory import Metadata
 from brokertask.retry import Retry
-from brokertask.run import from_thread
+from brokertask.run import Run, from_thread
 from brokertask.steps import Steps
 from brokertask.values import LAST_INSTANT_MS
+from brokertask.waitable import Failure, First, Happening, Map, OtherRun, TimedOut, Token, Waitable
+from brokertask.waiting import Waits
 
 log = logging.getLogger("brokertask.task")
 T = TypeVar("T")
@@ -91,13 +94,14 @@ class Context:
     state: Any = None
     """What the app's lifespan yielded: pools, clients, models."""
     cancelled: str | None = None
-    """Why this attempt was cancelled: `timeout`, `drain`, `sleep` (it goes on later) or `lost`
-    (another worker has the run); threads should look at it."""
+    """Why this attempt was cancelled: `timeout`, `drain`, `sleep` or `wait` (it goes on later), or
+    `lost` (another worker has the run); threads should look at it."""
     progressed: tuple[float, float | None] | None = None
     """What `progress` was told last."""
     steps: Steps = field(default_factory=Steps, repr=False)
     changed: Callable[[], None] = field(default=lambda: None, repr=False)
     log: RunLogger = field(init=False)
+    waits: Waits = field(init=False, repr=False)
     metadata: RunMetadata = field(init=False, repr=False)
     """Notes of the run about itself, remembered by it and told in its events: a mapping of names
     to plain values. Set items, do not change values in place."""
@@ -110,6 +114,7 @@ class Context:
             "trace_id": self.trace_id,
         }
         self.log = RunLogger(log, fields)
+        self.waits = Waits(self.steps, self.run_id)
         self.metadata = RunMetadata(self.steps, lambda: self.changed())
 
     @overload
@@ -238,6 +243,122 @@ class Context:
         """Do what `sleep` does, in a task that is a sync function."""
         self._from_thread(self.sleep(duration, name=name), "sleep_sync", "await ctx.sleep(...)")
 
+    @overload
+    def wait_for(
+        self, waitable: Map[T], /, *, timeout: Duration | None = None, name: str | None = None
+    ) -> Coroutine[Any, Any, list[T | Failure]]: ...
+    @overload
+    def wait_for(
+        self, waitable: Waitable[T] | Run[T], /, *, timeout: None = None, name: str | None = None
+    ) -> Coroutine[Any, Any, T]: ...
+    @overload
+    def wait_for(
+        self, waitable: Waitable[T] | Run[T], /, *, timeout: Duration, name: str | None = None
+    ) -> Coroutine[Any, Any, T | TimedOut]: ...
+    @overload
+    def wait_for(
+        self,
+        *waitables: Waitable[T] | Run[T],
+        first: Literal[True],
+        timeout: None = None,
+        name: str | None = None,
+    ) -> Coroutine[Any, Any, First[T]]: ...
+    @overload
+    def wait_for(
+        self,
+        *waitables: Waitable[T] | Run[T],
+        first: Literal[True],
+        timeout: Duration,
+        name: str | None = None,
+    ) -> Coroutine[Any, Any, First[T] | TimedOut]: ...
+    @overload
+    def wait_for(
+        self,
+        *waitables: Waitable[T] | Run[T],
+        timeout: None = None,
+        name: str | None = None,
+    ) -> Coroutine[Any, Any, list[T]]: ...
+    @overload
+    def wait_for(
+        self,
+        *waitables: Waitable[T] | Run[T],
+        timeout: Duration,
+        name: str | None = None,
+    ) -> Coroutine[Any, Any, list[T | TimedOut]]: ...
+    def wait_for(
+        self,
+        *waitables: Any,
+        first: bool = False,
+        timeout: Duration | None = None,
+        name: str | None = None,
+    ) -> Coroutine[Any, Any, Any]:
+        """Wait for children, other runs, tokens or events: in a server, and in no worker.
+
+        The run leaves its slot, as for a long sleep, with `ctx.cancelled == "wait"`, and goes on
+        from the top, past what it has finished, when all have come, or with `first` one of them.
+        What came is remembered. Waits in asyncio.gather go on one by one.
+
+        Args:
+            *waitables: `task.call(...)`, `task.map(...)`, `ctx.token(...)`, `ctx.event(...)`, a
+                `Run`. For one its value is returned, for several a list.
+            first: Return the `First` that came; the others go on.
+            timeout: Seconds, or "7d"; then `TimedOut` stands for what has not come.
+            name: Needed in several asyncio tasks that have no step before them.
+
+        Raises:
+            ChildFailed: A run gave no result. In the list of a map it is a `Failure`.
+            NoServer: No server was ever started on this broker.
+        """
+        limit = None if timeout is None else seconds(timeout)
+        wanted = [OtherRun(one) if isinstance(one, Run) else one for one in waitables]
+        for one in wanted:
+            if not isinstance(one, Waitable):
+                raise InvalidOption(f"wait_for takes task.call(...) and the like, not {one!r:.80}")
+        waiting = self.waits.wait_for(wanted, first=first, timeout=limit, name=name)
+        return waiting if first or len(wanted) > 1 else _only(waiting)
+
+    def wait_for_sync(self, *waitables: Any, **options: Any) -> Any:
+        """Do what `wait_for` does, in a task that is a sync function."""
+        wait = self.wait_for(*waitables, **options)
+        return self._from_thread(wait, "wait_for_sync", "await ctx.wait_for(...)")
+
+    @overload
+    def token(self, name: str, *, timeout: Duration | None = None) -> Token[Any]: ...
+    @overload
+    def token(self, name: str, kind: type[T], *, timeout: Duration | None = None) -> Token[T]: ...
+    def token(self, name: str, kind: Any = Any, *, timeout: Duration | None = None) -> Token[Any]:
+        """Return the token of this name: what somebody else completes, once, with a value.
+
+        By its id in the API and on the command line, or by a POST to its callback. It may be
+        completed before the run waits for it. It is the same whenever the run asks for the name.
+
+        Args:
+            name: Its name in the run; 1 to 120 characters.
+            kind: The type of the value; by default it is plain.
+            timeout: Counted from when it is first asked for; then its value is `TimedOut`.
+        """
+        limit = None if timeout is None else seconds(timeout)
+        return self.waits.token(name, timeout=limit, kind=adapter(kind, f"token {name!r}"))
+
+    def event(
+        self,
+        key: str,
+        *,
+        where: Mapping[str, Any] | None = None,
+        timeout: Duration | None = None,
+    ) -> Happening:
+        """Return what waits for an event: a map that anybody publishes to `bt.events`.
+
+        The first that this run has not had yet counts, from a minute before its trigger on.
+
+        Args:
+            key: The routing key, as it is: `order.paid`.
+            where: What the map has to hold, in maps inside it, too: `{"order": {"number": 7}}`.
+            timeout: Counted from when the wait begins; then its value is `TimedOut`.
+        """
+        limit = None if timeout is None else seconds(timeout)
+        return self.waits.event(key, where or {}, timeout=limit)
+
     def once_key(self, name: str) -> str:
         """Return 32 hex digits that are the same for `name` whenever this run repeats.
 
@@ -261,3 +382,8 @@ class Context:
         except CancelledError:
             # As in a coroutine, and unlike this one, no `except Exception` must stop it.
             raise asyncio.CancelledError(self.cancelled) from None
+
+
+async def _only(waiting: Coroutine[Any, Any, list[Any]]) -> Any:
+    (value,) = await waiting
+    return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final
 
 from brokertask.attempt import Attempt
@@ -45,6 +45,15 @@ class AttemptHost:
     def sleep(self, due_ms: int) -> None:
         """Let the run leave its slot until then."""
         self._attempt.sleep(due_ms)
+
+    def wait(self, on: Sequence[str], due_ms: int | None) -> None:
+        """Let the run leave its slot until a server says so, or until then."""
+        self._attempt.wait(tuple(on), due_ms)
+
+    async def find_server(self) -> int:
+        """Return how often the run was redriven, if there is a server that its waits can go to."""
+        await self._attempt.task.client.find_server()
+        return self._attempt.envelope.redrives
 
     def warn(self, message: str) -> None:
         """Tell of what will end the run if it goes on; from any thread."""

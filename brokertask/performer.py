@@ -44,6 +44,7 @@ from brokertask.outcome import (
     Retrying,
     Sleeping,
     Succeeded,
+    Waiting,
 )
 from brokertask.raised import frames_of, name_of, text_of
 from brokertask.run import RunningIn, running_in
@@ -134,9 +135,8 @@ class Performer:
             log.error("run %s of %s ignores its cancellation", envelope.run_id, attempt.task.id)
         if attempt.superseded:
             return Repeated()
-        if attempt.due_ms is not None and attempt.context.steps.defect is None:
-            # Even where the code has swallowed its cancellation and returned.
-            return Sleeping(max(0, attempt.due_ms - self._clock.now_ms()) / 1000)
+        if (left := self._left(attempt)) is not None:
+            return left
         if user.done() and not user.cancelled():
             return await self._judge(attempt, user.result())
         if attempt.interrupted:
@@ -145,6 +145,16 @@ class Performer:
             late = TimeoutError(f"took longer than {timeout:g} s")
             return await self._judge(attempt, Raised(late))
         return await self._judge(attempt, Raised(RuntimeError("the task cancelled itself")))
+
+    def _left(self, attempt: Attempt) -> Waiting | Sleeping | None:
+        """Return what a run came to that left its slot, whatever its code made of that."""
+        if attempt.context is None or attempt.context.steps.defect is not None:
+            return None
+        if attempt.waits:
+            return Waiting(attempt.waits, attempt.due_ms)
+        if attempt.due_ms is not None:
+            return Sleeping(max(0, attempt.due_ms - self._clock.now_ms()) / 1000)
+        return None
 
     async def give_up(self, attempt: Attempt, reason: Reason, error: BaseException) -> Failed:
         """Return the end of a run that gets no further attempt, after its failure hooks."""
@@ -196,7 +206,7 @@ class Performer:
             return Raised(error)
 
         async def innermost(inner: Context) -> Any:
-            return await task.call(inner, payload, threads=self._counted)
+            return await task.perform(inner, payload, threads=self._counted)
 
         call: CallNext = innermost
         for middleware in reversed((*self._middleware, *task.options.middleware)):

@@ -16,10 +16,12 @@ from typing import Final, TypeGuard
 
 from brokertask.errors import BrokertaskError, InvalidOption, StepMismatch
 from brokertask.memory import Step
+from brokertask.wait import WAIT
 
 MAX_NAME: Final = 128
 SLEEP: Final = "sleep"
 """What sleeps call, and what they are named unless they have a name or a branch of their own."""
+UNNAMED: Final = (SLEEP, WAIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +62,13 @@ class Places:
     def ask(self, name: str | None, function: str) -> Asked:
         """Give a call its key and its place; at once, as later others may have come between.
 
-        A sleep without a name is named after the branch it is in.
+        A sleep or wait without a name is named after the branch it is in.
         """
         branch = _branch()
         if self._main is None:
             self._main = branch  # The thread of a sync task, which only shows here.
-        if name is None and function == SLEEP:
-            name = self._sleep_name(branch)
+        if name is None and function in UNNAMED:
+            name = self._name(function, branch)
         elif not _is_name(name):
             wrong = InvalidOption(
                 f"step name {name!r}: 1 to {MAX_NAME} characters of valid text, and no '#', which "
@@ -81,7 +83,7 @@ class Places:
         key = self._key(name, count + 1)
         after = self._last.get(branch, "" if branch == self._main else None)
         self._last[branch] = key
-        if function != SLEEP:
+        if function not in UNNAMED:
             self._steps[branch] = key
         self._asked.add(key)
         after = after if self._strict else None
@@ -98,9 +100,9 @@ class Places:
         self._strict = False
         self._failed.setdefault(asked.name, []).append(asked.number)
 
-    def _sleep_name(self, branch: object) -> str:
+    def _name(self, function: str, branch: object) -> str:
         last = self._steps.get(branch)
-        return SLEEP if branch == self._main or last is None else f"{SLEEP} after {last}"
+        return function if branch == self._main or last is None else f"{function} after {last}"
 
     def _key(self, name: str, number: int) -> str:
         failed = self._failed.get(name)
@@ -138,7 +140,8 @@ def _branch() -> object:
 
 
 def _doubled(name: str, function: str) -> StepMismatch:
-    named = "ctx.sleep(..., name=...)" if function == SLEEP else f"such as f'{name} {{number}}'"
+    unnamed = {SLEEP: "ctx.sleep(..., name=...)", WAIT: "ctx.wait_for(..., name=...)"}
+    named = unnamed.get(function, f"such as f'{name} {{number}}'")
     return StepMismatch(
         f"{name!r} is asked for in two asyncio tasks or threads, so which of them is first may be "
         f"different next time; give each a name of its own, {named}"

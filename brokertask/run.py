@@ -75,6 +75,11 @@ class Run(Generic[R]):
         self._type = result
         self._hearing = session.hearing(run_id)
 
+    @property
+    def result_type(self) -> TypeAdapter[R]:
+        """How its result is read."""
+        return self._type
+
     def __repr__(self) -> str:
         return f"<Run {self.run_id} of {self.task}>"
 

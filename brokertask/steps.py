@@ -11,11 +11,11 @@ import asyncio
 import inspect
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Never, TypeVar
 
 import anyio
 
@@ -32,6 +32,7 @@ from brokertask.errors import (
     UnsupportedType,
 )
 from brokertask.functions import qualified_name, result_type
+from brokertask.hosting import Host
 from brokertask.memory import Memory, Metadata, Step
 from brokertask.places import SLEEP, Asked, Places
 from brokertask.results import packed, restored, same
@@ -50,22 +51,6 @@ NEARLY_FULL: Final = 0.8
 TURNS: Final = 5
 """Turns of the event loop in which all that is ready to happen beside a sleep has happened."""
 _ONCE: Final = Retry(max_attempts=1)
-
-
-class Host(Protocol):
-    """What the steps of an attempt need of whoever performs it."""
-
-    async def save(self) -> None:
-        """Return when the memory, as it is now, survives a crash of this process."""
-        ...
-
-    def sleep(self, due_ms: int) -> None:
-        """Let the run leave its slot until then: cancels the task's code."""
-        ...
-
-    def warn(self, message: str) -> None:
-        """Tell of what will end the run if it goes on; from any thread."""
-        ...
 
 
 class Steps:
@@ -92,12 +77,12 @@ class Steps:
         self.defect: BrokertaskError | None = None
         self._rest = Rest(clock or SystemClock())
         self.loop = _running_loop()
-        self._host = host
+        self.host = host
         self._span = span
-        self._clock = clock or SystemClock()
+        self.clock = clock or SystemClock()
         self._tries = Tries(self, span=span, threads=threads, rest=self._rest)
         self._max_bytes = max_bytes
-        self._claims = claims or Claims()
+        self.claims = claims or Claims()
         self._finished = {step.key: step for step in memory.steps}
         self._places = Places(memory.steps)
         self._closed = False
@@ -110,6 +95,7 @@ class Steps:
         self._idle.set()
         self._hurry = asyncio.Event()
         self._sleeping: list[int] = []
+        self._waiting: list[str] = []
         self._served: set[asyncio.Task[Any]] = set()
 
     @property
@@ -180,14 +166,14 @@ class Steps:
         timeout: float | None,
     ) -> Coroutine[Any, Any, Any]:
         """Return what gives the step's result, remembered or new; it has its place from now on."""
-        asked = self._ask(name, qualified_name(function))
+        asked = self.ask(name, qualified_name(function))
         called = partial(function, *arguments) if arguments else function
-        return self._awaited(asked, self._step(asked, called, retry or _ONCE, timeout))
+        return self.awaited(asked, self._step(asked, called, retry or _ONCE, timeout))
 
     def sleep(self, due: Callable[[int], int], *, name: str | None) -> Coroutine[Any, Any, None]:
         """Return what ends at an instant, `due` of the present; both in ms since the epoch."""
-        asked = self._ask(name, SLEEP)
-        return self._awaited(asked, self._sleep(asked, due))
+        asked = self.ask(name, SLEEP)
+        return self.awaited(asked, self._sleep(asked, due))
 
     def forgotten(self) -> list[str]:
         """Return the keys of what was asked for and never awaited: it was not done."""
@@ -199,7 +185,8 @@ class Steps:
 
     # -- what is asked for
 
-    def _ask(self, name: str | None, function: str) -> Asked:
+    def ask(self, name: str | None, function: str) -> Asked:
+        """Give a call its key and its place among those of the run."""
         if inside.get() is self:
             # Remembered, the outer one would not ask for it, and the places would shift.
             return Asked(
@@ -212,11 +199,13 @@ class Steps:
             self.defect = self.defect or asked.problem
         return asked
 
-    def _awaited(self, asked: Asked, work: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
+    def awaited(self, asked: Asked, work: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
+        """Return `work`, known of until it begins."""
         self._unbegun[asked.key] = work
         return work
 
-    def _admit(self, asked: Asked) -> None:
+    def admit(self, asked: Asked) -> None:
+        """Let a call begin, or raise why it cannot."""
         self._unbegun.pop(asked.key, None)
         if self._closed:
             raise asyncio.CancelledError("the attempt is over")
@@ -228,11 +217,11 @@ class Steps:
     async def _step(
         self, asked: Asked, function: Callable[[], Any], retry: Retry, timeout: float | None
     ) -> Any:
-        self._admit(asked)
+        self.admit(asked)
         kind = result_type(function)
         known = self._finished.get(asked.key)
         if known is None:
-            with self._working(asked):
+            with self.working(asked):
                 value = await self._tries.call(asked.key, function, retry, timeout)
                 with self._final():
                     result = packed(asked.key, kind, value)
@@ -245,7 +234,7 @@ class Steps:
         return restored(asked.key, kind, await self._result(known))
 
     @contextmanager
-    def _working(self, asked: Asked) -> Iterator[None]:
+    def working(self, asked: Asked) -> Iterator[None]:
         """Hold up the end of the attempt and its sleep: what a step does must not be lost."""
         task = asyncio.current_task()
         assert task is not None
@@ -272,20 +261,31 @@ class Steps:
 
     async def _finish(self, asked: Asked, result: bytes) -> None:
         """Remember a finished step; it is safe when this returns."""
-        claim = await self._stored(self._claims.put(result))
-        step = Step(asked.key, asked.function, asked.after, claim or result)
-        self._remember(lambda memory: memory.with_step(step), asked.key)
+        claim = await self.stored(self.claims.put(result))
+        self.remember(Step(asked.key, asked.function, asked.after, claim or result))
+        if self.host is not None:
+            await self.host.save()
+
+    def remember(self, step: Step) -> None:
+        """Remember a step that is finished, or a wait that has begun; from any thread.
+
+        Raises:
+            MemoryFull: It does not fit.
+        """
+        self._remember(lambda memory: memory.with_step(step), step.key)
         self._finished[step.key] = step
-        if self._host is not None:
-            await self._host.save()
+
+    def known(self, key: str) -> Step | None:
+        """Return what is remembered by a key."""
+        return self._finished.get(key)
 
     async def _result(self, known: Step) -> bytes:
         """Return the result of a finished step, in msgpack."""
         if isinstance(known.result, Claim):
-            return await self._stored(self._claims.get(known.result))
+            return await self.stored(self.claims.get(known.result))
         return known.result
 
-    async def _stored(self, asking: Awaitable[T]) -> T:
+    async def stored(self, asking: Awaitable[T]) -> T:
         """Return what the payload store answers.
 
         If it fails, the attempt must not go on as if it were the step that had failed.
@@ -314,23 +314,21 @@ class Steps:
         if size > self._max_bytes * NEARLY_FULL >= before:
             warning = f"the run remembers {size} bytes, the limit is {self._max_bytes}"
             log.warning("%s", warning)
-            if self._host is not None:
-                self._host.warn(warning)
+            if self.host is not None:
+                self.host.warn(warning)
         self.memory = memory
 
     # -- sleeps
 
     async def _sleep(self, asked: Asked, due: Callable[[int], int]) -> None:
-        self._admit(asked)
+        self.admit(asked)
         known = self._finished.get(asked.key)
         if known is not None:
             due_ms = int(decode(await self._result(known), MSGPACK))
         else:
-            due_ms = due(self._clock.now_ms())
-            step = Step(asked.key, asked.function, asked.after, encode(due_ms))
+            due_ms = due(self.clock.now_ms())
             # Not saved by itself: it is with what follows it, and forgotten it only sleeps again.
-            self._remember(lambda memory: memory.with_step(step), asked.key)
-            self._finished[step.key] = step
+            self.remember(Step(asked.key, asked.function, asked.after, encode(due_ms)))
         self._sleeping.append(due_ms)
         try:
             await self._sleep_until(due_ms)
@@ -341,24 +339,43 @@ class Steps:
             self._sleeping.remove(due_ms)
 
     async def _sleep_until(self, due_ms: int) -> None:
-        left = (due_ms - self._clock.now_ms()) / 1000
+        left = (due_ms - self.clock.now_ms()) / 1000
         if left <= 0:
             return
-        if self._host is None or (left <= SLEEP_IN_PLACE and not self._hurry.is_set()):
-            await self._rest.pass_by(left, None if self._host is None else self._hurry)
-            if self._host is None or due_ms <= self._clock.now_ms():
+        if self.host is None or (left <= SLEEP_IN_PLACE and not self._hurry.is_set()):
+            await self._rest.pass_by(left, None if self.host is None else self._hurry)
+            if self.host is None or due_ms <= self.clock.now_ms():
                 return
         await self._rested()
         if self._closed or self.defect is not None:
             # The code has ended meanwhile, or cannot go on: what it came to is not a sleep.
             raise asyncio.CancelledError("the attempt is over")
-        if due_ms > self._clock.now_ms():
-            self.close()
-            self._host.sleep(min(self._sleeping))
-            # There comes the cancellation, unless this is an asyncio task that nobody cancels with
-            # the one that the function runs in.
-            await asyncio.sleep(0)
-            raise asyncio.CancelledError(SLEEP)
+        if due_ms > self.clock.now_ms():
+            await self._leave(self.host)
+
+    async def wait(self, on: Sequence[str]) -> Never:
+        """Leave the slot, once no step runs, until a server says that something came of it."""
+        assert self.host is not None
+        self._waiting += on
+        try:
+            await self._rested()
+            if self._closed or self.defect is not None:
+                raise asyncio.CancelledError("the attempt is over")
+            await self._leave(self.host)
+        finally:
+            for one in on:
+                self._waiting.remove(one)
+
+    async def _leave(self, host: Host) -> Never:
+        self.close()
+        due_ms = min(self._sleeping, default=None)
+        if self._waiting or due_ms is None:
+            host.wait(tuple(self._waiting), due_ms)
+        else:
+            host.sleep(due_ms)
+        # There comes the cancellation, unless nobody cancels this asyncio task with the main one.
+        await asyncio.sleep(0)
+        raise asyncio.CancelledError("the run leaves its slot")
 
     async def _rested(self) -> None:
         """Return when no step runs: cut, it would be done once more."""

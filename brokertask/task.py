@@ -18,7 +18,6 @@ from typing import (
     Unpack,
     cast,
     get_args,
-    get_type_hints,
     overload,
 )
 
@@ -26,19 +25,20 @@ import anyio
 from pydantic import TypeAdapter
 
 from brokertask import typed
-from brokertask.client import Client, TriggerOptions
+from brokertask.client import ChildOptions, Client, TriggerOptions
 from brokertask.context import Context
 from brokertask.durations import Duration, seconds
 from brokertask.errors import (
     ConfigurationError,
     InvalidOption,
     InvalidPayload,
-    UnsupportedType,
 )
-from brokertask.functions import adapter, call, is_async
+from brokertask.functions import call, is_async
 from brokertask.retry import Retry
 from brokertask.run import Run
+from brokertask.signature import Signature
 from brokertask.topology import QueueOptions, TaskQueue, check_task_id
+from brokertask.waitable import Call, Map, Sender
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -99,7 +99,7 @@ class Task(Generic[P, R]):
         self.client = client
         self.where = _where(function)
         self.is_async = inspect.iscoroutinefunction(function)
-        signature = _Signature.of(function, self.where)
+        signature = Signature.of(function, self.where)
         self._payload_name = signature.payload_name
         self._context_name = signature.context_name
         self.payload_type: TypeAdapter[Any] = signature.payload
@@ -120,7 +120,7 @@ class Task(Generic[P, R]):
     async def __call__(self, payload: Any = None, *, ctx: Context | None = None) -> Any:
         """Call the function here and now: no broker, no retry. Sync ones run in a thread."""
         context = ctx or Context(run_id="local", task=self.id, payload=payload)
-        return await self.call(context, payload)
+        return await self.perform(context, payload)
 
     @overload
     async def trigger(self: Task[None, R], **options: Unpack[TriggerOptions]) -> Run[R]: ...
@@ -154,6 +154,40 @@ class Task(Generic[P, R]):
         return await self.client.trigger_many(
             self.id, dumped, result=self.result_type, **cast("Any", options)
         )
+
+    @overload
+    def call(self: Task[None, R], **options: Unpack[ChildOptions]) -> Call[R]: ...
+    @overload
+    def call(self, payload: P, **options: Unpack[ChildOptions]) -> Call[R]: ...
+    def call(self, payload: Any = None, **options: Unpack[ChildOptions]) -> Call[R]:
+        """Return a child run for `ctx.wait_for`, which triggers it and gives back its result.
+
+        Its id follows from its parent's, so that it is triggered once however often the parent
+        runs over the wait, but for faults.
+
+        Raises:
+            InvalidPayload: The payload is not of the task's type.
+        """
+        return Call(
+            self.id, [self.dump(payload)], result=self.result_type, send=self._send(options)
+        )
+
+    def map(self, payloads: Iterable[P], **options: Unpack[ChildOptions]) -> Map[R]:
+        """Return a child run for each payload, for `ctx.wait_for`: as `call`, many at once.
+
+        The wait gives a list in the order of the payloads, with a `Failure` for a run that gave no
+        result.
+        """
+        dumped = [self.dump(payload) for payload in payloads]
+        return Map(self.id, dumped, result=self.result_type, send=self._send(options))
+
+    def _send(self, options: ChildOptions) -> Sender:
+        _check_names("a child", options, ChildOptions)
+
+        async def send(payloads: Sequence[object], run_ids: Sequence[str]) -> None:
+            await self.client.trigger_many(self.id, payloads, run_ids=run_ids, **options)
+
+        return send
 
     @overload
     def trigger_sync(self: Task[None, R], **options: Unpack[TriggerOptions]) -> Run[R]: ...
@@ -209,7 +243,7 @@ class Task(Generic[P, R]):
         """
         return typed.load(self.payload_type, value)
 
-    async def call(
+    async def perform(
         self, context: Context, payload: object, *, threads: anyio.CapacityLimiter | None = None
     ) -> Any:
         """Call the function with what its signature asks for."""
@@ -270,59 +304,6 @@ class TaskDecorator:
         )
         self._register(task)
         return task
-
-
-@dataclass(frozen=True, slots=True)
-class _Signature:
-    """Which parameters of a task are its payload and its context, and the types."""
-
-    payload_name: str | None
-    context_name: str | None
-    payload: TypeAdapter[Any]
-    result: TypeAdapter[Any]
-
-    @staticmethod
-    def of(function: Callable[..., Any], where: str) -> _Signature:
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise UnsupportedType(f"{where}: a generator has no one result; return a list")
-        try:
-            hints = get_type_hints(function, include_extras=True)
-        except (NameError, AttributeError, TypeError, SyntaxError) as error:
-            raise UnsupportedType(
-                f"{where}: an annotation names something unknown ({error}); "
-                "types of tasks must be importable from their module"
-            ) from error
-        payload_name = context_name = None
-        for parameter in inspect.signature(function).parameters.values():
-            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                raise UnsupportedType(f"{where}: parameter {str(parameter)!r} has to have a name")
-            if parameter.name not in hints:
-                raise UnsupportedType(f"{where}: parameter {parameter.name!r} needs a type")
-            if hints[parameter.name] is Context:
-                context_name = parameter.name
-            elif Context in get_args(hints[parameter.name]):
-                raise UnsupportedType(
-                    f"{where}: {parameter.name!r} is always given; annotate it as Context alone"
-                )
-            elif parameter.default not in (parameter.empty, None):
-                raise UnsupportedType(
-                    f"{where}: the default of {parameter.name!r} would never be used, as a payload "
-                    "is always sent; put it into a model, as the default of a field"
-                )
-            elif payload_name is None:
-                payload_name = parameter.name
-            else:
-                raise UnsupportedType(
-                    f"{where}: {payload_name!r} and {parameter.name!r}: a task takes one payload "
-                    "and a Context; put the two into a pydantic model or a dataclass"
-                )
-        payload = hints[payload_name] if payload_name else None
-        return _Signature(
-            payload_name,
-            context_name,
-            adapter(payload, f"{where}: the payload"),
-            adapter(hints.get("return", Any), f"{where}: the result"),
-        )
 
 
 def _checked(given: TaskOptions) -> Options:

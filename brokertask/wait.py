@@ -84,8 +84,8 @@ class Got:
     kind: GotKind
     value: bytes | Claim | Failing | str | None = None
     """A result in msgpack or the claim for it; how a run failed; why a token was rejected."""
-    source: str = ""
-    """The id of the event that it came with."""
+    source: str = field(default="", compare=False)
+    """The id of the event that it came with; does not travel."""
 
     @staticmethod
     def read(raw: Any) -> Got:
@@ -95,10 +95,10 @@ class Got:
             EnvelopeError: It is none.
         """
         match raw:
-            case ["value", bytes() as value, str(source)]:
-                return Got("value", value, source)
-            case ["value", dict(claim), str(source)]:
-                return Got("value", Claim.read(claim), source)
+            case ["value", bytes() as value, *_]:
+                return Got("value", value)
+            case ["value", dict(claim), *_]:
+                return Got("value", Claim.read(claim))
             case ["failed", [str(run_id), str(task), str(reason), str(kind), str(message)], *_]:
                 return Got("failed", Failing(run_id, task, reason, kind, message))
             case ["rejected", str(reason), *_]:
@@ -111,11 +111,11 @@ class Got:
         """Return what `read` reads."""
         match self.value:
             case Claim() as claim:
-                return [self.kind, asdict(claim), self.source]
+                return [self.kind, asdict(claim)]
             case Failing() as failing:
-                return [self.kind, list(asdict(failing).values()), self.source]
+                return [self.kind, list(asdict(failing).values())]
             case value:
-                return [self.kind, value, self.source]
+                return [self.kind, value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +227,16 @@ class Wait:
                     failed = True
             place += target.count
         return failed
+
+    def over(self, got: Sequence[Got | None]) -> Wait:
+        """Return it with what came of it, and the events it came with among those it has seen."""
+        place, targets = 0, []
+        for target in self.targets:
+            came = tuple(one.source for one in got[place : place + target.count] if one)
+            seen = (*target.seen, *filter(None, came))
+            targets.append(replace(target, seen=seen) if target.kind == "event" else target)
+            place += target.count
+        return replace(self, targets=tuple(targets), got=tuple(got))
 
     def reopened(self) -> Wait:
         """Return it as it was before anything came of it."""
