@@ -12,7 +12,7 @@ import hashlib
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 from brokertask.claim import Claim
 from brokertask.errors import EnvelopeError
@@ -44,6 +44,8 @@ class Target:
     """When it is given up, in ms since the epoch."""
     seen: tuple[str, ...] = field(default=(), compare=False)
     """The events of this key that the run has had."""
+    name: str = field(default="", compare=False)
+    """That of a token in its run."""
 
     @staticmethod
     def read(raw: Any) -> Target:
@@ -53,15 +55,24 @@ class Target:
             EnvelopeError: It is none.
         """
         match raw:
-            case [str(kind), str(subject), int(count), dict(where), int() | None as due, seen, *_]:
+            case [str(kind), str(subject), int(count), dict(where), int() | None as due, *rest]:
                 if kind in get_args(TargetKind) and 0 <= count <= MAX_CONDITIONS:
-                    texts = tuple(one for one in seen if isinstance(one, str))
-                    return Target(kind, subject, count, where, due, texts)  # type: ignore[arg-type]
+                    match rest:
+                        case [list(seen), str(name), *_]:
+                            had = tuple(str(one) for one in seen)
+                            known = cast("TargetKind", kind)
+                            return Target(known, subject, count, where, due, had, name)
         raise EnvelopeError("a wait is for something unknown", reason="undecodable")
 
     def plain(self) -> list[object]:
         """Return what `read` reads."""
-        return [self.kind, self.subject, self.count, self.where, self.due_ms, list(self.seen)]
+        common: list[object] = [self.kind, self.subject, self.count, self.where, self.due_ms]
+        return [*common, list(self.seen), self.name]
+
+    @property
+    def words(self) -> str:
+        """What is waited for, for people: `call:charge`, `token:approval`."""
+        return f"{self.kind}:{self.name or self.subject}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,7 +226,7 @@ class Token(Waitable[R_co | TimedOut | Rejected], Generic[R_co]):
 
     def target(self) -> Target:
         """Return what is waited for, as it travels."""
-        return Target("token", self.id, due_ms=self._due_ms)
+        return Target("token", self.id, due_ms=self._due_ms, name=self.name)
 
     def value(self, got: Sequence[Got], run_ids: Sequence[str]) -> R_co | TimedOut | Rejected:
         """Return what it was completed with.

@@ -104,7 +104,7 @@ class Waits:
                 steps.defect = steps.defect or _other(asked.key, wait.targets, targets)
                 raise steps.defect
         if wait.got is None:
-            await steps.wait([f"{target.kind}:{target.subject}" for target in targets])
+            await steps.wait([target.words for target in targets])
         return self._values(asked.key, wait, waitables, await self._fetched(wait))
 
     async def _begin(

@@ -1,0 +1,1 @@
+"""The server: what needs a memory across runs. It talks to the others through the broker alone."""

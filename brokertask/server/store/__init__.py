@@ -1,0 +1,1 @@
+"""The store of a server: SQLite or PostgreSQL, by one code path."""
