@@ -6,6 +6,7 @@ dead-lettered and traced by way of the broker alone. `App` is where to begin.
 
 import logging
 
+from brokertask.admission import Debounce, Singleton
 from brokertask.app import App
 from brokertask.client import Client
 from brokertask.context import Context
@@ -20,6 +21,7 @@ from brokertask.errors import (
     ConfigurationError,
     DuplicateTask,
     EnvelopeError,
+    IdempotencyConflict,
     InvalidOption,
     InvalidPayload,
     MemoryFull,
@@ -44,6 +46,7 @@ from brokertask.errors import (
 from brokertask.events import Event
 from brokertask.retry import Retry
 from brokertask.run import Run
+from brokertask.schedule import Schedule, Tick
 from brokertask.settings import Settings
 from brokertask.task import CallNext, Task
 from brokertask.topology import QueueOptions as Queue
@@ -65,11 +68,13 @@ __all__ = [
     "Client",
     "ConfigurationError",
     "Context",
+    "Debounce",
     "DuplicateTask",
     "EnvelopeError",
     "Event",
     "Failure",
     "First",
+    "IdempotencyConflict",
     "InvalidOption",
     "InvalidPayload",
     "MemoryFull",
@@ -90,9 +95,12 @@ __all__ = [
     "RunError",
     "RunExpired",
     "RunFailed",
+    "Schedule",
     "Settings",
+    "Singleton",
     "StepMismatch",
     "Task",
+    "Tick",
     "TimedOut",
     "Token",
     "TopologyMismatch",

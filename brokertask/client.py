@@ -12,17 +12,20 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import replace
-from typing import Any, Final, TypedDict
+from typing import Any, Final, Unpack
 
 from pydantic import TypeAdapter
 
+from brokertask.admission import DEFAULT_TTL, Admission, Answer, Debounce, Singleton
 from brokertask.claims import Claims
 from brokertask.durations import Duration, seconds
 from brokertask.envelope import Envelope, Message
 from brokertask.errors import (
     AccessDenied,
     BatchError,
+    ConfigurationError,
     EnvelopeError,
+    IdempotencyConflict,
     NoServer,
     PayloadTooLarge,
     PublishError,
@@ -36,6 +39,7 @@ from brokertask.settings import Settings
 from brokertask.telemetry import Telemetry
 from brokertask.topology import IN_PLACE_MS, Binding, Route, Topology, check_task_id
 from brokertask.transport.base import Transport
+from brokertask.trigger import TriggerOptions
 from brokertask.values import encode
 
 log = logging.getLogger("brokertask.client")
@@ -45,24 +49,6 @@ IN_FLIGHT: Final = 256
 """Publishes of one `trigger_many` that wait for their confirm at a time."""
 JOINED_FAN_OUT: Final = 50
 """Larger fan-outs get traces of their own: trace viewers are slow beyond some thousand spans."""
-
-
-class ChildOptions(TypedDict, total=False):
-    """What `task.call` and `task.map` take beside payloads."""
-
-    delay: Duration
-    """Start no sooner than after this long."""
-    expires: Duration
-    """Do not start later than after this long; the run then ends as expired."""
-    tags: Sequence[str]
-    """Up to 32 short labels, carried along and shown."""
-
-
-class TriggerOptions(ChildOptions, total=False):
-    """What `trigger` takes beside the payload."""
-
-    run_id: str
-    """The run's id, to repeat a trigger whose answer is unknown. Default: a new UUIDv7."""
 
 
 class Client:
@@ -103,11 +89,16 @@ class Client:
         expires: Duration | None = None,
         tags: Sequence[str] = (),
         run_id: str | None = None,
+        idempotency_key: str | None = None,
+        idempotency_ttl: Duration = DEFAULT_TTL,
+        debounce: Debounce | None = None,
+        singleton: Singleton | None = None,
     ) -> Run[Any]:
         """Ask for a run of `task`; when this returns, it is on the broker's disk.
 
         Costs one confirmed publish, about a millisecond; and before it, for a payload that leaves
-        as a claim, a put into the payload store.
+        as a claim, a put into the payload store. With one of the last three arguments: two
+        publishes and a commit of the server, whose answer may lead to another run.
 
         Args:
             task: The task's id.
@@ -117,19 +108,33 @@ class Client:
             expires: Do not start later than after this long.
             tags: Labels carried along.
             run_id: The run's id; a new UUIDv7 by default.
+            idempotency_key: Of triggers with the same key only the first makes a run.
+            idempotency_ttl: How long the key is remembered after that.
+            debounce: One run for triggers that come in quick succession.
+            singleton: No run while another one of this key is unfinished.
 
         Raises:
             PublishError: The run was not taken, or (`unknown`) perhaps was; `run_id` is set.
             PayloadError: The payload cannot be sent; nothing was.
+            IdempotencyConflict: Another payload came with this key before.
+            NoServer: A server has to decide, and there has never been one.
         """
+        asked = Admission.of(idempotency_key, idempotency_ttl, debounce, singleton)
         envelope = self._envelope(
             task, self.encode(payload), delay=delay, expires=expires, tags=tags, run_id=run_id
         )
         session = await self._session()
-        await self._find_queue(session, envelope)
+        if asked is not None:
+            await self.find_server()
+        if asked is not None or envelope.due_ms is not None:
+            await self._find_queue(session, envelope)
         envelope = envelope.claimed(await self.claims.put(envelope.payload))
         run: Run[Any] = Run(envelope.run_id, task, session, result or _ANYTHING)
         envelope, route = self._addressed(session, envelope, detach=False)
+        if asked is not None:
+            identity = await self._admitted(session, envelope, asked)
+            kind = run.result_type
+            return run if identity == run.run_id else Run(identity, task, session, kind, asks=True)
         with self._telemetry.send(route, trace=envelope.trace):
             await self._publish(session, envelope, route)
         return run
@@ -161,7 +166,7 @@ class Client:
             for body, run_id in zip(bodies, ids, strict=True)
         ]
         session = await self._session()
-        if envelopes:
+        if envelopes and envelopes[0].due_ms is not None:
             await self._find_queue(session, envelopes[0])
         claims = await self.claims.put_all(bodies)
         envelopes = [each.claimed(claim) for each, claim in zip(envelopes, claims, strict=True)]
@@ -196,25 +201,14 @@ class Client:
         payload: object = None,
         *,
         result: TypeAdapter[Any] | None = None,
-        delay: Duration = 0,
-        expires: Duration | None = None,
-        tags: Sequence[str] = (),
-        run_id: str | None = None,
+        **options: Unpack[TriggerOptions],
     ) -> Run[Any]:
         """Do what `trigger` does, from a thread without an event loop.
 
         All threads of the process share one background thread and its connection.
         """
         return from_thread(
-            lambda: self.trigger(
-                task,
-                payload,
-                result=result,
-                delay=delay,
-                expires=expires,
-                tags=tags,
-                run_id=run_id,
-            ),
+            lambda: self.trigger(task, payload, result=result, **options),
             name="trigger_sync",
             instead="await trigger(...)",
         )
@@ -249,6 +243,25 @@ class Client:
         finally:
             heard.put_nowait(None)
             await listener.close()
+
+    async def run(
+        self, run_id: str, task: str, *, result: TypeAdapter[Any] | None = None
+    ) -> Run[Any]:
+        """Return a run that was triggered elsewhere or before, to get its result from a server.
+
+        A server knows of the runs that have ended since it was first started, for as long as it
+        keeps them; `result` asks it again until it knows.
+
+        Args:
+            run_id: The run's id.
+            task: Its task's id.
+            result: How to read the result, such as `task.result_type`; by default as plain values.
+
+        Raises:
+            NoServer: There has never been one.
+        """
+        await self.find_server()
+        return Run(checked_id(run_id), task, await self._session(), result or _ANYTHING, asks=True)
 
     async def find_server(self) -> None:
         """Return if there is, or was, a server on this broker: its queues keep what comes.
@@ -337,9 +350,9 @@ class Client:
         return replace(envelope, trace=trace, left_ms=left, reply_to=session.reply_key), route
 
     async def _find_queue(self, session: Session, envelope: Envelope) -> None:
-        """Refuse a delayed run that no queue is for: after the delay, nobody would be told."""
+        """Refuse a run of later that no queue is for: nobody would be told then."""
         task = envelope.task
-        if envelope.due_ms is None or task in session.found:
+        if task in session.found:
             return
         queue = self._settings.names.queue(task)
         with suppress(AccessDenied):  # RabbitMQ 4.3 and later let only some users look.
@@ -350,6 +363,24 @@ class Client:
                     run_id=envelope.run_id,
                 )
         session.found.add(task)
+
+    async def _admitted(self, session: Session, envelope: Envelope, asked: Admission) -> str:
+        """Let a server decide on a trigger, and return the id of the run that stands for it."""
+        if session.deaf is not None:
+            raise ConfigurationError(f"no server could answer to this trigger: {session.deaf}")
+        route, message = self._settings.names.server_route("admit"), envelope.message()
+        message = replace(message, headers={**message.headers, **asked.headers()})
+        with self._telemetry.send(route, trace=envelope.trace):
+            try:
+                told = await session.ask(route, message, timeout=self._settings.publish_timeout)
+            except PublishError as error:
+                self._telemetry.publish_failed(type(error).__name__)
+                raise
+        answer = Answer.read(told)
+        if answer.refused is not None:
+            raise IdempotencyConflict(answer.refused, run_id=answer.run_id)
+        self._telemetry.triggered(envelope.task)
+        return answer.run_id
 
     async def _publish(self, session: Session, envelope: Envelope, route: Route) -> None:
         try:

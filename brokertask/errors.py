@@ -8,6 +8,7 @@
         AccessDenied              the broker refused this user
         Unroutable                no queue takes it: the task is not declared on this broker
           NoServer                it needs a server, and none was ever started here
+        IdempotencyConflict       its key stands for a run with another payload
         QueueFull                 the queue or the broker refused it for now
         BrokerBlocked             a memory or disk alarm stops publishing
         PublishUnknown            sent, no answer in time: repeat with the same run id
@@ -122,6 +123,14 @@ class Unroutable(PublishError):
 
 class NoServer(Unroutable):
     """This needs a `brokertask server`, and none has ever been started on this broker."""
+
+
+class IdempotencyConflict(PublishError):
+    """The idempotency key was used with another payload; nothing was triggered.
+
+    Attributes:
+        run_id: The run that the key stands for.
+    """
 
 
 class QueueFull(PublishError):

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, TypeVar
 
 from pydantic import TypeAdapter
@@ -25,6 +25,7 @@ from brokertask.errors import (
     EnvelopeError,
     InvalidPayload,
     PayloadUnavailable,
+    PublishUnknown,
     ResultTimeout,
     ResultUnavailable,
     RunError,
@@ -34,7 +35,7 @@ from brokertask.errors import (
 from brokertask.events import COMPLETED, EXPIRED, FAILED, Event
 from brokertask.portal import portal
 from brokertask.settings import Settings
-from brokertask.topology import Binding, Queue
+from brokertask.topology import Binding, Queue, Route
 from brokertask.transport.base import Consumer, Transport
 from brokertask.typed import load
 from brokertask.values import MSGPACK, decode
@@ -45,6 +46,10 @@ T = TypeVar("T")
 
 REPLY_QUEUE_EXPIRES_MS: Final = 600_000
 """A caller that lost its connection has this long to come back for its results."""
+
+
+ASK_AGAIN: Final = 60.0
+"""Seconds after which a server is asked once more for a run that was not triggered here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +73,17 @@ class Run(Generic[R]):
     Hold on to it if you want the result: what nobody holds is not kept.
     """
 
-    def __init__(self, run_id: str, task: str, session: Session, result: TypeAdapter[R]) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        task: str,
+        session: Session,
+        result: TypeAdapter[R],
+        *,
+        asks: bool = False,
+    ) -> None:
         self.run_id = run_id
+        self._asks = asks
         self.task = task
         self._session = session
         self._type = result
@@ -102,7 +116,7 @@ class Run(Generic[R]):
             return await asyncio.wrap_future(there)
         try:
             async with asyncio.timeout(limit):
-                await self._hearing.ended.wait()
+                await self._until_ended()
                 return self._typed(await self._fetched(self._hearing.heard[-1]))
         except TimeoutError:
             rest = "its payload store is slow" if self._hearing.ended.is_set() else "it goes on"
@@ -125,6 +139,15 @@ class Run(Generic[R]):
         At once for those that were heard already: a quick run may be over before its trigger is.
         """
         self._hearing.watch(watcher)
+
+    async def _until_ended(self) -> None:
+        ended = self._hearing.ended
+        while self._asks and not ended.is_set():
+            await self._session.ask_for(self.run_id, self.task)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ASK_AGAIN):
+                    await ended.wait()
+        await ended.wait()
 
     async def _fetched(self, event: Event) -> bytes:
         """Return the result in msgpack that the last event of the run tells of."""
@@ -216,6 +239,8 @@ class Session:
         self.found: set[str] = set()
         """Tasks whose queue is known to exist."""
         self._listener: Consumer | None = None
+        self._settings: Settings | None = None
+        self._answers: dict[str, asyncio.Future[Message]] = {}
         self._hearings: weakref.WeakValueDictionary[str, Hearing] = weakref.WeakValueDictionary()
 
     async def listen(self, settings: Settings) -> None:
@@ -223,6 +248,7 @@ class Session:
         if not settings.results:
             self.deaf = "results are switched off (BROKERTASK_RESULTS=false)"
             return
+        self._settings = settings
         name = settings.names.reply(secrets.token_hex(8))
         queue = private_queue(name)
         try:
@@ -246,7 +272,47 @@ class Session:
                 await self._listener.close()
         await self.transport.close()
 
+    async def ask(self, route: Route, message: Message, *, timeout: float) -> Message:
+        """Publish a question, and return the answer that is addressed to it.
+
+        Raises:
+            PublishError: It was not taken.
+            PublishUnknown: There was no answer within `timeout` seconds of that.
+        """
+        question = f"ask-{secrets.token_hex(8)}"
+        answer: asyncio.Future[Message] = self.loop.create_future()
+        self._answers[question] = answer
+        message = replace(message, correlation_id=question, reply_to=self.reply_key)
+        try:
+            await self.transport.publish(route, message, timeout=timeout)
+            async with asyncio.timeout(timeout):
+                return await answer
+        except TimeoutError:
+            raise PublishUnknown(
+                f"no server has answered within {readable(timeout)}; the question waits for one: "
+                "start `brokertask server`, and ask again",
+                run_id=message.message_id,
+            ) from None
+        finally:
+            del self._answers[question]
+
+    async def ask_for(self, run_id: str, task: str) -> None:
+        """Ask the servers for the end of a run, now or when it comes; it is heard like any other.
+
+        Raises:
+            PublishError: They cannot be asked.
+        """
+        assert self._settings is not None
+        message = Message(body=b"", message_id=run_id, type=task, reply_to=self.reply_key)
+        route, timeout = self._settings.names.server_route("ask"), self._settings.publish_timeout
+        await self.transport.publish(route, message, timeout=timeout)
+
     def _hear(self, message: Message) -> None:
+        answer = self._answers.get(message.correlation_id or "")
+        if answer is not None:
+            if not answer.done():
+                answer.set_result(message)
+            return
         try:
             event = Event.read(message)
         except EnvelopeError as error:

@@ -16,7 +16,6 @@ from typing import (
     TypedDict,
     TypeVar,
     Unpack,
-    cast,
     get_args,
     overload,
 )
@@ -25,7 +24,7 @@ import anyio
 from pydantic import TypeAdapter
 
 from brokertask import typed
-from brokertask.client import ChildOptions, Client, TriggerOptions
+from brokertask.client import Client
 from brokertask.context import Context
 from brokertask.durations import Duration, seconds
 from brokertask.errors import (
@@ -38,6 +37,7 @@ from brokertask.retry import Retry
 from brokertask.run import Run
 from brokertask.signature import Signature
 from brokertask.topology import QueueOptions, TaskQueue, check_task_id
+from brokertask.trigger import ChildOptions, TriggerOptions
 from brokertask.waitable import Call, Map, Sender
 
 P = TypeVar("P")
@@ -139,7 +139,7 @@ class Task(Generic[P, R]):
         )
 
     async def trigger_many(
-        self, payloads: Iterable[P], **options: Unpack[TriggerOptions]
+        self, payloads: Iterable[P], **options: Unpack[ChildOptions]
     ) -> list[Run[R]]:
         """Ask for a run for each payload, in their order, sharing round trips to the broker.
 
@@ -147,13 +147,9 @@ class Task(Generic[P, R]):
             InvalidPayload: One is not of the task's type; nothing was sent.
             BatchError: Some were not taken; its `results` tell of each.
         """
-        _check_names("trigger_many", options, TriggerOptions)
-        if options.pop("run_id", None) is not None:
-            raise InvalidOption("trigger_many: each run has an id of its own; leave out run_id")
+        _check_names("trigger_many", options, ChildOptions)
         dumped = [self.dump(payload) for payload in payloads]
-        return await self.client.trigger_many(
-            self.id, dumped, result=self.result_type, **cast("Any", options)
-        )
+        return await self.client.trigger_many(self.id, dumped, result=self.result_type, **options)
 
     @overload
     def call(self: Task[None, R], **options: Unpack[ChildOptions]) -> Call[R]: ...

@@ -58,6 +58,7 @@ CODES: Final[Mapping[type[BaseException], tuple[str, Exit]]] = {
     errors.BrokerUnavailable: ("BT-201", Exit.BROKER),
     errors.AccessDenied: ("BT-202", Exit.DENIED),
     errors.Unroutable: ("BT-203", Exit.CONFLICT),
+    errors.IdempotencyConflict: ("BT-208", Exit.CONFLICT),
     errors.QueueFull: ("BT-204", Exit.CONFLICT),
     errors.BrokerBlocked: ("BT-205", Exit.BROKER),
     errors.PublishUnknown: ("BT-206", Exit.TIMEOUT),

@@ -274,7 +274,7 @@ async def test_a_misspelt_trigger_option_is_refused(app: App) -> None:
         await task.trigger(dealy=5)  # type: ignore[call-overload]
     with pytest.raises(InvalidOption, match="trigger_many has no option 'tag'; did you mean 'tags"):
         await task.trigger_many([], tag="a")  # type: ignore[call-arg]
-    with pytest.raises(InvalidOption, match="an id of its own"):
+    with pytest.raises(InvalidOption, match="trigger_many has no option 'run_id'"):
         await task.trigger_many([None], run_id="a")
 
 
