@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Row, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from brokertask.envelope import Message, derived_id
@@ -73,7 +73,7 @@ class Outcomes:
         ended: Mapping[str, Got],
         decided: Mapping[str, Got],
         due: Mapping[str, int | None],
-        heard: Mapping[str, Sequence[Row[Any]]],
+        heard: Mapping[str, Sequence[Any]],
     ) -> None:
         self._ended = ended
         self._decided = decided
@@ -104,7 +104,7 @@ class Outcomes:
                 due[row.id] = row.due_ms
                 if (got := _decided(row)) is not None:
                     decided[row.id] = got
-        heard: dict[str, list[Row[Any]]] = {}
+        heard: dict[str, list[Any]] = {}
         for part in parts(sorted(subjects["event"])):
             found = select(signals).where(signals.c.key.in_(part), signals.c.at_ms >= since_ms)
             for row in await connection.execute(found.order_by(signals.c.at_ms, signals.c.id)):
@@ -136,7 +136,7 @@ def parts(items: Sequence[str], size: int = 500) -> Iterable[Sequence[str]]:
     return (items[at : at + size] for at in range(0, len(items), size))
 
 
-def _ended(row: Row[Any]) -> Got:
+def _ended(row: Any) -> Got:
     event = Event.read(Message(body=row.body))
     if event.event == COMPLETED:
         return Got("value", event.claim or event.result or _UNKNOWN)
@@ -153,7 +153,7 @@ def _ended(row: Row[Any]) -> Got:
     )
 
 
-def _decided(row: Row[Any]) -> Got | None:
+def _decided(row: Any) -> Got | None:
     match row.state:
         case "completed":
             return Got("value", row.value)

@@ -99,8 +99,8 @@ async def park(
         for row in await connection.execute(rows):
             seqs[row.run_id, row.redrives] = row.seq
         told = select(waits.c.run_id, waits.c.redrives, waits.c.key, waits.c.state)
-        for row in await connection.execute(told.where(waits.c.run_id.in_(part))):
-            states[row.run_id, row.redrives, row.key] = row.state
+        for wait in await connection.execute(told.where(waits.c.run_id.in_(part))):
+            states[wait.run_id, wait.redrives, wait.key] = wait.state
     kept: dict[Ident, tuple[Arrival, dict[str, Wait]]] = {}
     for arrival in sorted(arrivals, key=lambda one: one.envelope.seq):
         wanted = pending(arrival.envelope.memory)
@@ -315,9 +315,7 @@ async def put_off(
         )
 
 
-async def waiting_for(
-    connection: AsyncConnection, kind: str, subjects: Iterable[str]
-) -> list[str]:
+async def waiting_for(connection: AsyncConnection, kind: str, subjects: Iterable[str]) -> list[str]:
     """Return the ids of the runs that wait for one of these runs, tokens or events."""
     found: set[str] = set()
     for part in parts(sorted(set(subjects))):
@@ -353,9 +351,7 @@ async def forget(connection: AsyncConnection, run_ids: Sequence[str]) -> None:
 async def next_due(connection: AsyncConnection) -> int | None:
     """Return when the next wait or sleep is due, in ms since the epoch."""
     late = select(waits.c.due_ms).where(*_stopped(), waits.c.due_ms.is_not(None))
-    woken = select(parked.c.wake_ms).where(
-        parked.c.state == PARKED, parked.c.wake_ms.is_not(None)
-    )
+    woken = select(parked.c.wake_ms).where(parked.c.state == PARKED, parked.c.wake_ms.is_not(None))
     times = [
         await connection.scalar(late.order_by(waits.c.due_ms).limit(1)),
         await connection.scalar(woken.order_by(parked.c.wake_ms).limit(1)),

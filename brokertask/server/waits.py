@@ -15,8 +15,9 @@ from brokertask.outcome import AttemptError, Failed
 from brokertask.server import parking
 from brokertask.server.batches import Batches
 from brokertask.server.messages import pack_message, unpack_message
+from brokertask.server.outcomes import parts
 from brokertask.server.parking import Arrival, Ready
-from brokertask.server.service import Resources
+from brokertask.server.resources import Resources
 from brokertask.topology import Route
 from brokertask.transport.base import Delivery
 from brokertask.values import pack
@@ -60,7 +61,7 @@ class Waits:
     async def look(self, run_ids: Sequence[str]) -> None:
         """Send on those of these runs that need not wait any longer."""
         resources = self._resources
-        for part in parking.parts(run_ids, BATCH):
+        for part in parts(run_ids, BATCH):
             now_ms = resources.clock.now_ms()
             async with resources.store.begin() as connection:
                 look = await parking.look(connection, part, now_ms=now_ms)
