@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, Table, Text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+)
 
 metadata = MetaData()
 
@@ -85,4 +95,113 @@ asks = Table(
     Column("run_id", Text, primary_key=True),
     Column("reply_to", Text, primary_key=True),
     Column("since_ms", BigInteger, nullable=False),
+)
+
+# -- admission: the keys of triggers that a server decides on
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("task", Text, primary_key=True),
+    Column("kind", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("run_id", Text, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    Column("created_ms", BigInteger, nullable=False),
+    Column("expires_ms", BigInteger),
+    Column("due_ms", BigInteger),
+    Column("message", LargeBinary),
+    Index("keys_expires", "expires_ms"),
+    Index("keys_due", "due_ms"),
+)
+
+# -- schedules, and what became of their ticks
+
+schedules = Table(
+    "schedules",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("task", Text, nullable=False),
+    Column("spec", LargeBinary, nullable=False),
+    Column("payload", LargeBinary),
+    Column("declared", Boolean, nullable=False),
+    Column("paused", Boolean, nullable=False),
+    Column("tick_ms", BigInteger, nullable=False),
+    Column("due_ms", BigInteger, nullable=False),
+    Column("checked_ms", BigInteger, nullable=False),
+    Column("run_id", Text),
+    Column("run_ms", BigInteger),
+    Column("created_ms", BigInteger, nullable=False),
+    Column("changed_ms", BigInteger, nullable=False),
+    Index("schedules_due", "due_ms"),
+    Index("schedules_task", "task"),
+)
+ticks = Table(
+    "ticks",
+    metadata,
+    Column("schedule", Text, primary_key=True),
+    Column("tick_ms", BigInteger, primary_key=True),
+    Column("outcome", Text, nullable=False),
+    Column("run_id", Text),
+    Column("until_ms", BigInteger),
+    Column("decided_ms", BigInteger, nullable=False),
+)
+
+# -- api: who may ask, what was asked for, and bulk actions over a frozen selection
+
+api_tokens = Table(
+    "api_tokens",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("hash", LargeBinary, nullable=False),
+    Column("role", Text, nullable=False),
+    Column("payloads", Boolean, nullable=False),
+    Column("created_ms", BigInteger, nullable=False),
+    Column("expires_ms", BigInteger),
+    Column("revoked_ms", BigInteger),
+    Column("used_ms", BigInteger),
+)
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("at_ms", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("token", Text),
+    Column("role", Text, nullable=False),
+    Column("address", Text),
+    Column("action", Text, nullable=False),
+    Column("target", Text, nullable=False),
+    Column("reason", Text),
+    Column("status", Integer),
+    Index("audit_at", "at_ms", "id"),
+)
+bulks = Table(
+    "bulks",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("action", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("filter", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("rate", Float),
+    Column("total", Integer, nullable=False),
+    Column("created_ms", BigInteger, nullable=False),
+    Column("started_ms", BigInteger),
+    Column("ended_ms", BigInteger),
+    Column("lease", Text),
+    Column("lease_ms", BigInteger),
+    Index("bulks_state", "state"),
+)
+bulk_items = Table(
+    "bulk_items",
+    metadata,
+    Column("bulk_id", Text, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("run_id", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("detail", Text),
 )
