@@ -42,6 +42,11 @@ class Delivery(Protocol):
         ...
 
     @property
+    def key(self) -> str:
+        """The routing key that it came with."""
+        ...
+
+    @property
     def redelivered(self) -> bool:
         """It was delivered before, perhaps to somebody else."""
         ...

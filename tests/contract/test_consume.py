@@ -36,6 +36,7 @@ async def test_a_first_delivery_looks_like_one(transport: Transport) -> None:
     await send(transport, b"1")
     delivery = await work.next()
     assert delivery.queue == WORK
+    assert delivery.key == TRIGGER.key
     assert delivery.live
     assert not delivery.redelivered
     assert delivery.lost == 0

@@ -162,6 +162,7 @@ class _Delivery:
     def __init__(self, consumer: _Consumer, item: Item) -> None:
         self.item = item
         self.message = item.message()
+        self.key = item.parcel.keys[0]
         self.lost = item.lost
         self.live = True
         self._consumer = consumer

@@ -129,6 +129,7 @@ class _BroughtDelivery:
     def __init__(self, delivery: Delivery, bridge: _Bridge) -> None:
         self.message = delivery.message
         self.queue = delivery.queue
+        self.key = delivery.key
         self.redelivered = delivery.redelivered
         self.lost = delivery.lost
         self._delivery = delivery

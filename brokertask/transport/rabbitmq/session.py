@@ -207,11 +207,12 @@ class Session:
 class RabbitDelivery:
     """A delivery on one channel; see `transport.base.Delivery`."""
 
-    __slots__ = ("_reader", "_settled", "_tag", "lost", "message", "queue", "redelivered")
+    __slots__ = ("_reader", "_settled", "_tag", "key", "lost", "message", "queue", "redelivered")
 
     def __init__(self, delivered: DeliveredMessage, reader: Reader, queue: str) -> None:
         self.message: Message = message_of(delivered)
         self.queue = queue
+        self.key = delivered.routing_key or ""
         self.redelivered = bool(delivered.redelivered)
         self.lost = lost_deliveries(delivered)
         self._tag = delivered.delivery_tag or 0

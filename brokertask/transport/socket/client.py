@@ -282,11 +282,13 @@ class _Delivery:
         link: Link,
         tag: int,
         queue: str,
+        key: str,
         lost: int,
         message: list[Any],
     ) -> None:
         self.message = unpack_message(message)
         self.queue = queue
+        self.key = key
         self.lost = lost
         self._settled = False
         self._consumer = consumer

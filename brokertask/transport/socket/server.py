@@ -196,8 +196,8 @@ class _Session:
     def _push_delivery(self, consumer: int, delivery: Delivery) -> None:
         tag = next(self._tags)
         self._deliveries[tag] = delivery
-        what = [consumer, tag, delivery.queue, delivery.lost, pack_message(delivery.message)]
-        self._send(0, "delivery", what)
+        known = delivery.queue, delivery.key, delivery.lost, pack_message(delivery.message)
+        self._send(0, "delivery", [consumer, tag, *known])
 
     def _push_message(self, consumer: int, message: Message) -> None:
         self._send(0, "message", [consumer, pack_message(message)])
