@@ -11,7 +11,7 @@ from brokertask.server.parking import WAITING
 from brokertask.server.store.schema import tokens, waits
 from brokertask.server.store.upsert import put
 from brokertask.values import MSGPACK, decode, encode
-from brokertask.wait import SECRET, Wait, token_id
+from brokertask.wait import SECRET, Wait
 
 MAX_VALUE_BYTES: Final = 65_536
 """Of what a token is completed with: it becomes part of the run's memory."""
@@ -32,14 +32,6 @@ async def complete(
     if len(body) > MAX_VALUE_BYTES:
         return "too_large"
     return await _decide(connection, token, {"state": "completed", "value": body}, by, now_ms)
-
-
-async def complete_by_secret(
-    connection: AsyncConnection, secret: str, value: object, *, now_ms: int
-) -> tuple[str, Answer]:
-    """Complete the token that a callback has the secret of; return its id, too."""
-    token = token_id(secret)
-    return token, await complete(connection, token, value, by="callback", now_ms=now_ms)
 
 
 async def reject(

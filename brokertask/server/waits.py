@@ -12,7 +12,7 @@ from brokertask.deadletter import bury_raw
 from brokertask.envelope import Envelope, Message
 from brokertask.errors import EnvelopeError, PayloadError
 from brokertask.outcome import AttemptError, Failed
-from brokertask.server import parking
+from brokertask.server import parking, tokens
 from brokertask.server.batches import Batches
 from brokertask.server.messages import pack_message, unpack_message
 from brokertask.server.outcomes import parts
@@ -21,7 +21,7 @@ from brokertask.server.resources import Resources
 from brokertask.topology import Route
 from brokertask.transport.base import Delivery
 from brokertask.values import pack
-from brokertask.wait import Failing, Got, Wait, plain_gots
+from brokertask.wait import Failing, Got, Wait, plain_gots, token_id
 
 log = logging.getLogger("brokertask.server")
 
@@ -57,6 +57,43 @@ class Waits:
         async with self._resources.store.begin() as connection:
             run_ids = await parking.waiting_for(connection, kind, subjects)
         await self.look(run_ids)
+
+    async def ended(self, run_ids: Sequence[str]) -> None:
+        """Send on whoever waited for these runs, and let go of what they waited for themselves."""
+        async with self._resources.store.begin() as connection:
+            await parking.forget(connection, run_ids)
+        await self.came("run", run_ids)
+
+    async def complete(self, token: str, value: object, *, by: str) -> tokens.Answer:
+        """Complete a token with a plain value of up to 64 KiB, and send on who waits for it.
+
+        Raises:
+            InvalidPayload: The value has no form in msgpack.
+        """
+        now_ms = self._resources.clock.now_ms()
+        async with self._resources.store.begin() as connection:
+            answer = await tokens.complete(connection, token, value, by=by, now_ms=now_ms)
+        await self.came("token", [token])
+        return answer
+
+    async def call_back(self, secret: str, value: object) -> tokens.Answer:
+        """Complete the token that somebody has the secret of, as `complete` does."""
+        return await self.complete(token_id(secret), value, by="callback")
+
+    async def reject(self, token: str, reason: str, *, by: str) -> tokens.Answer:
+        """Reject a token, and send on who waits for it: it gets the reason."""
+        now_ms = self._resources.clock.now_ms()
+        async with self._resources.store.begin() as connection:
+            answer = await tokens.reject(connection, token, reason, by=by, now_ms=now_ms)
+        await self.came("token", [token])
+        return answer
+
+    async def extend(self, token: str, due_ms: int | None) -> tokens.Answer:
+        """Give a token time until `due_ms`, in ms since the epoch; None: for ever."""
+        async with self._resources.store.begin() as connection:
+            answer = await tokens.extend(connection, token, due_ms)
+        self._sooner.set()
+        return answer
 
     async def look(self, run_ids: Sequence[str]) -> None:
         """Send on those of these runs that need not wait any longer."""
