@@ -22,7 +22,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from brokertask.envelope import Envelope
 from brokertask.memory import Memory
 from brokertask.server.outcomes import Outcomes, parts
-from brokertask.server.store.schema import conditions, endings, parked, tokens, waits
+from brokertask.server.store.schema import (
+    conditions,
+    endings,
+    parked,
+    signals,
+    tokens,
+    waits,
+)
 from brokertask.server.store.upsert import put
 from brokertask.wait import WAIT, Condition, Got, Wait
 
@@ -341,11 +348,22 @@ def _stopped() -> tuple[ColumnElement[bool], ...]:
     return waits.c.state == WAITING, exists().where(*run, parked.c.state == PARKED)
 
 
-async def forget(connection: AsyncConnection, run_ids: Sequence[str]) -> None:
-    """Delete what is kept of runs that have ended, but for what people want to see of them."""
+async def forget(connection: AsyncConnection, run_ids: Sequence[str], *, before_ms: int) -> None:
+    """Delete what is kept of runs that are not kept any longer, and of old events and tokens.
+
+    Never a message that is parked: the event that says its run has ended may be of a double, or
+    of a time before a redrive.
+    """
     for part in parts(run_ids):
-        for table in (parked, conditions):
-            await connection.execute(delete(table).where(table.c.run_id.in_(part)))
+        gone = and_(parked.c.run_id.in_(part), parked.c.state != PARKED)
+        await connection.execute(delete(parked).where(gone))
+        asleep = select(parked.c.run_id).where(parked.c.run_id.in_(part))
+        for table in (waits, conditions, endings, tokens):
+            mine = (table.c.run_id.in_(part), table.c.run_id.not_in(asleep))
+            await connection.execute(delete(table).where(*mine))
+    await connection.execute(delete(signals).where(signals.c.at_ms < before_ms))
+    unclaimed = and_(tokens.c.run_id.is_(None), tokens.c.created_ms < before_ms)
+    await connection.execute(delete(tokens).where(unclaimed))
 
 
 async def next_due(connection: AsyncConnection) -> int | None:

@@ -58,12 +58,6 @@ class Waits:
             run_ids = await parking.waiting_for(connection, kind, subjects)
         await self.look(run_ids)
 
-    async def ended(self, run_ids: Sequence[str]) -> None:
-        """Send on whoever waited for these runs, and let go of what they waited for themselves."""
-        async with self._resources.store.begin() as connection:
-            await parking.forget(connection, run_ids)
-        await self.came("run", run_ids)
-
     async def complete(self, token: str, value: object, *, by: str) -> tokens.Answer:
         """Complete a token with a plain value of up to 64 KiB, and send on who waits for it.
 
