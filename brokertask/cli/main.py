@@ -10,6 +10,7 @@ from brokertask import __version__
 from brokertask.cli import dead, topology
 from brokertask.cli.dev import dev
 from brokertask.cli.doctor import doctor
+from brokertask.cli.permissions import permissions
 from brokertask.cli.trigger import trigger
 from brokertask.cli.worker import worker
 
@@ -45,7 +46,7 @@ def common(
     """
 
 
-for command in (dev, worker, trigger, doctor):
+for command in (dev, worker, trigger, doctor, permissions):
     app.command()(command)
 app.add_typer(dead.app, name="dead")
 app.add_typer(topology.app, name="topology")
