@@ -359,7 +359,10 @@ async def forget(connection: AsyncConnection, run_ids: Sequence[str], *, before_
         await connection.execute(delete(parked).where(gone))
         asleep = select(parked.c.run_id).where(parked.c.run_id.in_(part))
         for table in (waits, conditions, endings, tokens):
-            mine = (table.c.run_id.in_(part), table.c.run_id.not_in(asleep))
+            mine = [table.c.run_id.in_(part), table.c.run_id.not_in(asleep)]
+            if table is endings:
+                asked = select(conditions.c.subject).where(conditions.c.kind == "run")
+                mine.append(endings.c.run_id.not_in(asked))
             await connection.execute(delete(table).where(*mine))
     await connection.execute(delete(signals).where(signals.c.at_ms < before_ms))
     unclaimed = and_(tokens.c.run_id.is_(None), tokens.c.created_ms < before_ms)
