@@ -41,3 +41,10 @@ async def put(
                 index_elements=keys, set_=values, where=new[newer.name] > newer
             )
         await connection.execute(statement)
+
+
+async def put_new(connection: AsyncConnection, table: Table, row: Mapping[str, Any]) -> bool:
+    """Insert one row; False if its primary key is there, and it is left as it is."""
+    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    done = await connection.execute(insert(table).values(dict(row)).on_conflict_do_nothing())
+    return done.rowcount == 1
