@@ -7,7 +7,7 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -37,7 +37,7 @@ SEND_BACKOFF_MAX: Final = 10.0
 class TimedOut:
     """What was waited for has not come in time. False where a condition is asked for."""
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> Literal[False]:
         return False
 
 
@@ -47,7 +47,7 @@ class Rejected:
 
     reason: str = ""
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> Literal[False]:
         return False
 
 
@@ -62,7 +62,7 @@ class Failure:
     error: Mapping[str, str] = field(default_factory=dict)
     """What its last attempt raised: `type` and `message`; empty if nothing was."""
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> Literal[False]:
         return False
 
 
