@@ -12,15 +12,15 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from brokertask import App
-from brokertask.envelope import Message
 from brokertask.events import COMPLETED, EXPIRED, FAILED, Event
 from brokertask.server import outcomes
 from brokertask.server.asks import Asks
 from brokertask.server.batches import Batches
+from brokertask.server.outbox import Outbox
 from brokertask.server.resources import Resources
 from brokertask.server.store.schema import metadata
 from brokertask.server.waits import Waits
-from brokertask.topology import Binding, Exchange, Names, Queue, Route, Topology
+from brokertask.topology import Binding, Exchange, Names, Queue, Topology
 
 QUORUM = {"x-queue-type": "quorum"}
 
@@ -50,28 +50,6 @@ class MiniStore:
             yield connection
 
 
-class MiniOutbox:
-    def __init__(self) -> None:
-        self.resources: Resources | None = None
-        self.waiting: list[tuple[Route, Message]] = []
-        self.poked = asyncio.Event()
-
-    async def add(self, connection: AsyncConnection, route: Route, message: Message) -> None:
-        self.waiting.append((route, message))
-
-    def poke(self) -> None:
-        self.poked.set()
-
-    async def run(self) -> None:
-        assert self.resources is not None
-        while True:
-            await self.poked.wait()
-            self.poked.clear()
-            items, self.waiting = self.waiting, []
-            for route, message in items:
-                await self.resources.publish(route, message)
-
-
 class Serving:
     """A server for an app, until the end of its block."""
 
@@ -91,8 +69,8 @@ class Serving:
         self._stack.push_async_callback(transport.close)
         await transport.declare(app.topology())
         await transport.declare(server_topology(names))
-        outbox = MiniOutbox()
-        self.resources = outbox.resources = Resources(
+        outbox = Outbox()
+        self.resources = Resources(
             store=self.store,
             outbox=outbox,
             transport=transport,
@@ -101,7 +79,7 @@ class Serving:
             claims=app.client.claims,
         )
         self.waits, self.asks = Waits(self.resources), Asks(self.resources)
-        parts = (self.waits.run(), self.asks.run(), self._record(), outbox.run())
+        parts = (self.waits.run(), self.asks.run(), self._record(), outbox.run(self.resources))
         self._parts = [asyncio.create_task(part) for part in parts]
         return self
 
@@ -145,6 +123,10 @@ class Serving:
 
 def _no_autobegin(connection: Any, _: Any) -> None:
     connection.isolation_level = None
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=30000"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
 
 
 def _begin(connection: Any) -> None:

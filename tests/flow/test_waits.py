@@ -518,7 +518,8 @@ async def test_a_wait_that_is_parked_twice_goes_on_once(app: App, server: Servin
     @app.task
     async def parent(ctx: Context) -> int:
         bodies.append(1)
-        return await ctx.wait_for(ctx.token("go", int)) or 0
+        found = await ctx.wait_for(ctx.token("go", int))
+        return found or 0
 
     transport = app.connect()
     await transport.open(timeout=1)

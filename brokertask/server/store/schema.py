@@ -206,3 +206,19 @@ bulk_items = Table(
     Column("state", Text, nullable=False),
     Column("detail", Text),
 )
+
+# -- outbox: messages that follow from what was written with them
+
+outbox = Table(
+    "outbox",
+    metadata,
+    # SQLite counts up by itself in a column of this type only.
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("exchange", Text, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("also", LargeBinary, nullable=False),
+    Column("message", LargeBinary, nullable=False),
+    Column("due_ms", BigInteger),
+    Column("claimed_ms", BigInteger),
+    Index("outbox_due", "due_ms"),
+)
