@@ -83,6 +83,11 @@ class Schedule:
         """Its jitter in milliseconds."""
         return round(seconds(self.jitter) * 1000)
 
+    @property
+    def catch_up_window_ms(self) -> int:
+        """How far back `all` reaches, in milliseconds."""
+        return round(seconds(self.catch_up_window) * 1000)
+
     def plain(self) -> dict[str, Any]:
         """Return all but the payload as plain values, for `read`; durations in seconds."""
         return {

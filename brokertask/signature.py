@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from brokertask.context import Context
 from brokertask.errors import UnsupportedType
 from brokertask.functions import adapter
+from brokertask.schedule import Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,8 @@ class Signature:
     context_name: str | None
     payload: TypeAdapter[Any]
     result: TypeAdapter[Any]
+    takes_tick: bool
+    """Its payload tells a scheduled run which tick it is of."""
 
     @staticmethod
     def of(function: Callable[..., Any], where: str) -> Signature:
@@ -69,4 +72,5 @@ class Signature:
             context_name,
             adapter(payload, f"{where}: the payload"),
             adapter(hints.get("return", Any), f"{where}: the result"),
+            payload in (Tick, Tick | None),
         )

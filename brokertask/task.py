@@ -35,9 +35,11 @@ from brokertask.errors import (
 from brokertask.functions import call, is_async
 from brokertask.retry import Retry
 from brokertask.run import Run
+from brokertask.schedule import Schedule
 from brokertask.signature import Signature
 from brokertask.topology import QueueOptions, TaskQueue, check_task_id
 from brokertask.trigger import ChildOptions, TriggerOptions
+from brokertask.values import encode
 from brokertask.waitable import Call, Map, Sender
 
 P = TypeVar("P")
@@ -69,6 +71,8 @@ class TaskOptions(TypedDict, total=False):
     `retry`, when the attempt ends, so that a crash forgets those of its attempt."""
     middleware: Sequence[Middleware]
     """Wrapped around this task only, inside the app's."""
+    schedule: Schedule
+    """When a server triggers it by itself; a worker tells the servers when it starts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +85,7 @@ class Options:
     queue: QueueOptions
     checkpoint: Checkpoint
     middleware: tuple[Middleware, ...]
+    schedule: Schedule | None
 
 
 class Task(Generic[P, R]):
@@ -104,6 +109,7 @@ class Task(Generic[P, R]):
         self._context_name = signature.context_name
         self.payload_type: TypeAdapter[Any] = signature.payload
         self.result_type: TypeAdapter[Any] = signature.result
+        self.schedule_plain = self._schedule_plain(takes_tick=signature.takes_tick)
         self.success_hooks: list[Callable[[Context, R], Awaitable[None]]] = []
         self.failure_hooks: list[Callable[[Context, BaseException], Awaitable[None]]] = []
         self.__doc__ = function.__doc__
@@ -220,6 +226,15 @@ class Task(Generic[P, R]):
         """What the topology needs to know of it."""
         return TaskQueue(self.id, self.options.queue)
 
+    def _schedule_plain(self, *, takes_tick: bool) -> dict[str, Any] | None:
+        """Return what servers are told of its schedule, its payload checked now."""
+        schedule = self.options.schedule
+        if schedule is None:
+            return None
+        gets_tick = takes_tick and schedule.payload is None
+        payload = None if gets_tick else self.dump(schedule.payload)
+        return {**schedule.plain(), "payload": encode(payload), "sends_tick": gets_tick}
+
     def dump(self, payload: object) -> object:
         """Return a payload as plain values, validated.
 
@@ -316,6 +331,9 @@ def _checked(given: TaskOptions) -> Options:
     timeout = given.get("timeout")
     if timeout is not None and seconds(timeout) == 0:
         raise InvalidOption("a timeout is more than 0; leave it out for none")
+    schedule = given.get("schedule")
+    if not isinstance(schedule, Schedule | None):
+        raise InvalidOption(f"schedule is a Schedule(...), not {schedule!r:.80}")
     checkpoint = given.get("checkpoint", "step")
     if checkpoint not in get_args(Checkpoint):
         raise InvalidOption(f"checkpoint is 'step' or 'retry', not {checkpoint!r}")
@@ -328,6 +346,7 @@ def _checked(given: TaskOptions) -> Options:
         middleware=tuple(
             check_async(middleware, "a middleware") for middleware in given.get("middleware", ())
         ),
+        schedule=schedule,
     )
 
 

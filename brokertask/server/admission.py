@@ -90,13 +90,17 @@ class Admissions:
             envelope = Envelope.read(
                 message, task=task, max_bytes=resources.broker_settings.max_payload_bytes
             )
-            admission = Admission.read(message.headers)
-            return Request(envelope=envelope, admission=admission, redelivered=delivery.redelivered)
-        except EnvelopeError as error:
-            log.error("no server can decide on a trigger of %s: %s", task, error)
+            return Request(
+                envelope=replace(envelope, task=check_task_id(task)),
+                admission=Admission.read(message.headers),
+                redelivered=delivery.redelivered,
+            )
+        except (EnvelopeError, InvalidOption) as error:
+            log.error("no server can decide on a trigger of %r: %s", task, error)
             now_ms = resources.clock.now_ms()
-            record = AttemptError(1, "EnvelopeError", str(error), now_ms, "server")
-            dead = bury_raw(message, Failed(error.reason, record), task=task, now_ms=now_ms)
+            reason = error.reason if isinstance(error, EnvelopeError) else "undecodable"
+            record = AttemptError(1, type(error).__name__, str(error), now_ms, "server")
+            dead = bury_raw(message, Failed(reason, record), task=task, now_ms=now_ms)
             await resources.publish(self._names.dead_route(task), dead)
             return None
 
