@@ -1,0 +1,66 @@
+"""The server itself: who asks, and the audit log."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pydantic import BaseModel
+
+from brokertask import __version__
+from brokertask.server.api import audit
+from brokertask.server.api.auth import Role
+from brokertask.server.api.operations import Call, Routes
+from brokertask.server.api.paging import Page, PageQuery, cursor_of, keys_of
+
+routes: Final = Routes("server")
+
+
+class Me(BaseModel):
+    """Who asks, and what he may."""
+
+    name: str
+    role: Role
+    payloads: bool
+    version: str
+    """Of the server."""
+
+
+class Entry(BaseModel):
+    """What somebody did."""
+
+    id: str
+    at_ms: int
+    actor: str
+    token: str | None
+    role: str
+    address: str | None
+    action: str
+    target: str
+    reason: str | None
+    status: int | None
+    """What came of it, as an HTTP status; null: it was begun, and its server died."""
+
+
+@routes.get("/me")
+async def show_me(call: Call) -> Me:
+    """Show who asks."""
+    who = call.principal
+    return Me(name=who.name, role=who.role, payloads=who.payloads, version=__version__)
+
+
+@routes.get("/audit", role="admin")
+async def list_audit(call: Call, query: PageQuery) -> Page[Entry]:
+    """List actions, and payloads that were shown, the latest first."""
+    before = keys_of(query.cursor, (int, str)) if query.cursor else None
+    async with call.resources.store.begin() as connection:
+        rows = await audit.listed(
+            connection,
+            before=None if before is None else (before[0], before[1]),
+            limit=query.limit + 1,
+        )
+    page = rows[: query.limit]
+    last = page[-1] if len(rows) > query.limit else None
+    return Page(
+        items=[Entry.model_validate(row) for row in page],
+        next=None if last is None else cursor_of(last["at_ms"], last["id"]),
+    )

@@ -1,0 +1,57 @@
+"""An API before a real store and a broker in this process, and clients for it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import httpx
+from starlette.types import ASGIApp
+
+from brokertask import App, Settings
+from brokertask.server.api import auth
+from brokertask.server.api.app import make_app
+from brokertask.server.api.auth import Role
+from brokertask.server.resources import Resources
+from tests.flow.serving import Serving
+
+BASE = "http://localhost/api/v1"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """An API, and what is behind it."""
+
+    app: App
+    resources: Resources
+    asgi: ASGIApp
+
+    def client(self, token: str | None = None, *, base: str = BASE) -> httpx.AsyncClient:
+        headers = {} if token is None else {"authorization": f"Bearer {token}"}
+        return httpx.AsyncClient(
+            transport=httpx.ASGITransport(self.asgi), base_url=base, headers=headers
+        )
+
+    async def token(self, role: Role, *, payloads: bool = False, ttl_ms: int | None = None) -> str:
+        now_ms = self.resources.clock.now_ms()
+        async with self.resources.store.begin() as connection:
+            _, text = await auth.create(
+                connection,
+                f"a {role}",
+                role,
+                payloads=payloads,
+                now_ms=now_ms,
+                expires_ms=None if ttl_ms is None else now_ms + ttl_ms,
+            )
+        return text
+
+
+@asynccontextmanager
+async def stage(
+    app: App | None = None, *, open_here: bool = True, rate: float = 1_000_000
+) -> AsyncIterator[Stage]:
+    owner = app or App("shop", settings=Settings(amqp_url="memory:"))
+    async with Serving(owner) as serving:
+        asgi = make_app(serving.resources, open_here=open_here, rate=rate)
+        yield Stage(owner, serving.resources, asgi)
