@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Final, Protocol
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -35,6 +35,9 @@ class Outbox(Protocol):
     def poke(self) -> None:
         """Publish what was added now, rather than soon."""
         ...
+
+
+BREATH: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,18 +70,24 @@ class Resources:
 
         Where time is virtual there is one server, which needs not look for others' doings.
         """
-        limit = poll if isinstance(self.clock, SystemClock) else None
+        real = isinstance(self.clock, SystemClock)
+        limit = poll if real else None
         if when_ms is not None:
-            left = max(0.0, (when_ms - self.clock.now_ms()) / 1000)
-            limit = left if limit is None else min(limit, left)
-        waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(sooner.wait())]
-        if limit is not None:
-            waits.append(asyncio.ensure_future(self.clock.sleep(limit)))
+            left = (when_ms - self.clock.now_ms()) / 1000
+            if left <= 0 and not real:
+                return
+            # What is due and was not taken, another server is at.
+            limit = left if limit is None else min(limit, max(left, BREATH))
+        waiting = asyncio.ensure_future(sooner.wait())
+
+        def wake() -> None:
+            waiting.cancel()
+
+        # Set now, not in a turn of the loop: time that is turned by hand may have passed by then.
+        timer = None if limit is None else self.clock.call_later(limit, wake)
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([waiting])
         finally:
-            for wait in waits:
-                wait.cancel()
-            for wait in waits:
-                with suppress(asyncio.CancelledError):
-                    await wait
+            waiting.cancel()
+            if timer is not None:
+                timer.cancel()
