@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from brokertask import __version__
-from brokertask.cli import dead, topology
+from brokertask.cli import dead, topology, waits
+from brokertask.cli.asyncapi import asyncapi
 from brokertask.cli.dev import dev
 from brokertask.cli.doctor import doctor
 from brokertask.cli.permissions import permissions
@@ -46,7 +47,8 @@ def common(
     """
 
 
-for command in (dev, worker, trigger, doctor, permissions):
+for command in (dev, worker, trigger, doctor, permissions, asyncapi):
     app.command()(command)
 app.add_typer(dead.app, name="dead")
 app.add_typer(topology.app, name="topology")
+app.add_typer(waits.app, name="waits")
