@@ -221,8 +221,8 @@ class Token(Waitable[R_co | TimedOut | Rejected], Generic[R_co]):
 
     @property
     def callback(self) -> str:
-        """The path at a server that completes it by a POST, whose JSON body is its value."""
-        return f"/callbacks/{self.secret}"
+        """The path at a server that completes it by a POST of `{"value": ...}` in JSON."""
+        return f"/api/v1/callbacks/{self.secret}"
 
     def target(self) -> Target:
         """Return what is waited for, as it travels."""
