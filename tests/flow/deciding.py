@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from sqlalchemy import text
@@ -46,6 +46,13 @@ async def eventually(condition: Callable[[], Any]) -> None:
     """Return when a condition holds."""
     async with asyncio.timeout(SECONDS):
         while not condition():  # noqa: ASYNC110 (nobody tells)
+            await asyncio.sleep(0.01)
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Return when a condition holds that has to be asked for."""
+    async with asyncio.timeout(SECONDS):
+        while not await condition():  # noqa: ASYNC110 (nobody tells)
             await asyncio.sleep(0.01)
 
 

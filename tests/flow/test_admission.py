@@ -114,8 +114,8 @@ async def test_one_hundred_callers_with_one_key_get_one_run(shop: Shop) -> None:
         run = await shop.charge.trigger(7, idempotency_key="order-7")
         assert run.run_id == runs[0].run_id
         assert await run.result(timeout=20) == 14
-        other = await shop.charge.trigger(8, idempotency_key="order-8")
-        assert await other.result(timeout=20) == 16
+        eight = await shop.charge.trigger(8, idempotency_key="order-8")
+        assert await eight.result(timeout=20) == 16
     assert shop.done == [7, 8]
 
 
