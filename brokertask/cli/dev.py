@@ -210,6 +210,8 @@ def show_event(message: Message) -> None:
         parts.append(f"attempt {event.attempt}")
     if event.error is not None:
         parts.append(f"{event.error.type}: {event.error.message}"[:MAX_ERROR])
+    if event.waits is not None:
+        parts.append(f"waits for {', '.join(event.waits)}"[:MAX_ERROR])
     if event.delay_ms is not None:
         what = "sleeps" if event.event == SLEEPING else "again in"
         parts.append(f"{what} {readable(event.delay_ms / 1000)}")

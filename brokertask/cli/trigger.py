@@ -15,11 +15,11 @@ from brokertask.cli import console
 from brokertask.cli.broker import AnyApp, app_or_stand_in, exported, known_task, read_json
 from brokertask.cli.console import Exit, printable
 from brokertask.cli.worker import parse_duration
-from brokertask.client import TriggerOptions
 from brokertask.durations import readable
 from brokertask.errors import BrokertaskError, PublishError, RunError, RunExpired, RunFailed
 from brokertask.events import Event
 from brokertask.run import Run
+from brokertask.trigger import TriggerOptions
 
 TaskId = Annotated[str, typer.Argument(metavar="TASK", help="The task's id.")]
 Payload = Annotated[
@@ -155,6 +155,9 @@ class _Printer:
                 self._line(f"[red]✗[/] attempt {event.attempt} failed{said}; dead ({reason})")
             case events.SLEEPING:
                 self._line(f"sleeps for {readable((event.delay_ms or 0) / 1000)}")
+                return
+            case events.WAITING:
+                self._line(f"waits for {printable(', '.join(event.waits or ()))}")
                 return
             case events.WARNING:
                 self._line(printable(event.warning or ""))

@@ -26,7 +26,6 @@ from typing import Any, Unpack
 from urllib.parse import quote, urlsplit
 
 from brokertask import App, Event, PublishError, Run, Settings
-from brokertask.client import TriggerOptions
 from brokertask.deadletter import DeadLetter
 from brokertask.envelope import Message
 from brokertask.identity import uuid7
@@ -34,6 +33,7 @@ from brokertask.topology import Names
 from brokertask.transport.base import Delivery
 from brokertask.transport.rabbitmq import RabbitTransport
 from brokertask.transport.rabbitmq.link import BACKOFF_MAX
+from brokertask.trigger import TriggerOptions
 from infra.rabbitmq.node import Node
 from tests.crash import subject
 from tests.crash.journal import VARIABLE, Entry, Journal

@@ -5,12 +5,27 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import assert_type
+from typing import Any, assert_type
 
 from pydantic import BaseModel
 from typing_extensions import TypedDict
 
-from brokertask import App, CallNext, Client, Context, Event, Queue, Retry, Run, Settings, Task
+from brokertask import (
+    App,
+    CallNext,
+    Client,
+    Context,
+    Event,
+    Failure,
+    First,
+    Queue,
+    Rejected,
+    Retry,
+    Run,
+    Settings,
+    Task,
+    TimedOut,
+)
 
 app = App("typing", settings=Settings(amqp_url="memory:"))
 
@@ -163,3 +178,26 @@ def as_parameter(task: Task[Document, Report]) -> Awaitable[Run[Report]]:
 
 as_parameter(payload_only)
 as_parameter(plain_payload)
+
+
+# --- waits ----------------------------------------------------------------------------------------
+
+
+@app.task
+async def waiting(document: Document, ctx: Context) -> None:
+    call, run = payload_only.call(document), await payload_only.trigger(document)
+    assert_type(await ctx.wait_for(call), Report)
+    assert_type(await ctx.wait_for(run), Report)
+    assert_type(await ctx.wait_for(nothing.call()), int)
+    assert_type(await ctx.wait_for(call, timeout="1h"), Report | TimedOut)
+    assert_type(await ctx.wait_for(payload_only.map([document])), list[Report | Failure])
+    assert_type(await ctx.wait_for(call, call), list[Report])
+    assert_type(await ctx.wait_for(call, call, timeout=1), list[Report | TimedOut])
+    assert_type(await ctx.wait_for(call, call, first=True), First[Report])
+    decision = await ctx.wait_for(ctx.token("approval", Document, timeout="7d"))
+    assert_type(decision, Document | TimedOut | Rejected)
+    if decision:
+        assert_type(decision, Document)
+    paid = await ctx.wait_for(ctx.event("paid", where={"number": 7}))
+    if paid:
+        assert_type(paid["amount"], Any)
