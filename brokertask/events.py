@@ -11,8 +11,8 @@
 | `progress`  | the task tells how far it is        | `done`, `total`                  |
 | `warning`   | the run's memory is nearly full     | `warning`                        |
 
-Common fields: `event`, `run_id`, `task`, `attempt`, `at_ms`, `worker`; `metadata`, if the run has
-any. The body is a msgpack map.
+Common fields: `event`, `run_id`, `task`, `attempt`, `at_ms`, `worker`; `metadata` and `redrives`,
+if the run has any. The body is a msgpack map.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ SLEEPING: Final = "sleeping"
 WAITING: Final = "waiting"
 PROGRESS: Final = "progress"
 WARNING: Final = "warning"
+ENDS: Final = frozenset({COMPLETED, FAILED, EXPIRED})
+"""After these nothing comes, unless the run is redriven."""
 _TYPES: Final[dict[str, type | tuple[type, ...]]] = {
     "event": str,
     "run_id": str,
@@ -61,6 +63,7 @@ _TYPES: Final[dict[str, type | tuple[type, ...]]] = {
     "done": (int, float),
     "total": (int, float),
     "metadata": dict,
+    "redrives": int,
 }
 
 
@@ -86,6 +89,8 @@ class Event:
     """What a waiting run waits for: `call:charge`, `token:approval`."""
     done: float | None = None
     total: float | None = None
+    redrives: int | None = None
+    """How often the run was put back to work, if it was: of two ends the later one counts."""
     metadata: Metadata | None = None
     """What the run noted about itself: `ctx.metadata`."""
 
@@ -163,6 +168,7 @@ def _event(envelope: Envelope, at_ms: int, worker: str, name: str, **values: Any
         attempt=envelope.attempt,
         at_ms=at_ms,
         worker=worker,
+        redrives=envelope.redrives or None,
         metadata=envelope.memory.metadata or None,
         **values,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ async def stage(
     app: App | None = None, *, open_here: bool = True, rate: float = 1_000_000
 ) -> AsyncIterator[Stage]:
     owner = app or App("shop", settings=Settings(amqp_url="memory:"))
-    async with Serving(owner) as serving:
-        asgi = make_app(serving.resources, open_here=open_here, rate=rate)
-        yield Stage(owner, serving.resources, asgi)
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"sqlite+aiosqlite:///{folder}/store.db"
+        async with Serving(owner, store) as serving:
+            asgi = make_app(serving.resources, open_here=open_here, rate=rate)
+            yield Stage(owner, serving.resources, asgi)

@@ -19,12 +19,15 @@ from brokertask.server.api.app import OPERATIONS, openapi
 from brokertask.server.api.openapi import PREFIX
 from brokertask.server.api.operations import Operation
 from brokertask.server.api.site import Address, Site
+from brokertask.server.api.stream import EVENT_STREAM
 from tests.api.stage import stage
 
 EXAMPLES = 20
 """Of each operation."""
 NOT_SAID: list[Callable[..., bool | None]] = [positive_data_acceptance]
 """A schema says nothing of what a cron line, a duration or a printable text is."""
+ENDING = [each for each in OPERATIONS if each.media != EVENT_STREAM]
+"""All but the streams, which go on."""
 
 
 @contextmanager
@@ -70,11 +73,13 @@ def described(url: str) -> BaseSchema:
     return schema
 
 
-@pytest.mark.parametrize("operation", OPERATIONS, ids=[each.name for each in OPERATIONS])
+@pytest.mark.parametrize("operation", ENDING, ids=[each.name for each in ENDING])
 def test_the_api_is_what_its_document_says(described: BaseSchema, operation: Operation) -> None:
     @settings(max_examples=EXAMPLES, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(case=described[PREFIX + operation.path][operation.method].as_strategy())
     def ask(case: schemathesis.Case[Any]) -> None:
+        if isinstance(case.query.get("wait"), int | float):
+            case.query["wait"] = min(case.query["wait"], 0)  # Nothing is going to happen.
         case.call_and_validate(timeout=30, excluded_checks=NOT_SAID)
 
     ask()

@@ -1,0 +1,152 @@
+"""A run over HTTP: triggered, followed, its token completed, its result read; and redriven."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from brokertask import Abort, App, Context, Settings
+from brokertask.server.api.site import Address, Site
+from tests.api.stage import Stage, stage
+
+pytestmark = pytest.mark.anyio
+LONG = 60.0
+
+
+def shop() -> App:
+    app = App("shop", settings=Settings(amqp_url="memory:"))
+    broken = [True]
+
+    @app.task()
+    async def double(number: int) -> int:
+        return 2 * number
+
+    @app.task()
+    async def approve(amount: int, ctx: Context) -> Any:
+        return await ctx.wait_for(ctx.token("approval"))
+
+    @app.task()
+    async def mended(number: int) -> int:
+        if broken:
+            broken.clear()
+            raise Abort("not today")
+        return number
+
+    return app
+
+
+@asynccontextmanager
+async def working() -> AsyncIterator[tuple[Stage, httpx.AsyncClient]]:
+    """An API over real HTTP, and a worker."""
+    app = shop()
+    async with stage(app) as staged, app:
+        worker = app.worker()
+        await worker.start()
+        site = Site(staged.resources, address=Address("127.0.0.1", 0))
+        serving = asyncio.create_task(site.run())
+        await site.listening.wait()
+        base = f"http://127.0.0.1:{site.port}/api/v1"
+        try:
+            async with httpx.AsyncClient(base_url=base, timeout=LONG) as client:
+                yield staged, client
+        finally:
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+            await worker.stop()
+
+
+async def events(response: httpx.Response) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    name = ""
+    async for line in response.aiter_lines():
+        field, _, value = line.partition(": ")
+        if field == "event":
+            name = value
+        elif field == "data":
+            yield name, json.loads(value)
+
+
+async def test_a_run_is_triggered_and_its_result_is_read() -> None:
+    async with working() as (_, client):
+        asked = await client.post("/tasks/double/runs", json={"payload": 21, "tags": ["a"]})
+        assert asked.status_code == 201
+        run_id = asked.json()["run_id"]
+        answer = await client.get(f"/runs/{run_id}/result", params={"wait": 60})
+        ended = answer.json()
+        assert (ended["status"], ended["result"], ended["task"]) == ("completed", 42, "double")
+
+
+async def test_a_run_is_followed_to_its_end_and_goes_on_with_its_token() -> None:
+    async with working() as (_, client):
+        asked = await client.post("/tasks/approve/runs", json={"payload": 1, "delay": "200ms"})
+        run_id = asked.json()["run_id"]
+        heard = []
+        async with client.stream("GET", f"/runs/{run_id}/events") as response:
+            assert response.headers["content-type"].startswith("text/event-stream")
+            async for name, event in events(response):
+                heard.append(name)
+                assert event["run_id"] == run_id
+                assert "result" not in event
+                if name == "waiting":
+                    tokens = (await client.get("/waits/tokens")).json()["items"]
+                    (token,) = [one["id"] for one in tokens if one["run_id"] == run_id]
+                    body = {"value": {"by": "Ada"}}
+                    done = await client.post(f"/waits/tokens/{token}/complete", json=body)
+                    assert done.json()["answer"] == "done"
+        assert heard == ["waiting", "completed"]
+        ended = (await client.get(f"/runs/{run_id}/result", params={"wait": 60})).json()
+        assert ended["result"] == {"by": "Ada"}
+        async with client.stream("GET", f"/runs/{run_id}/events") as response:
+            assert [name async for name, _ in events(response)] == ["completed"]
+
+
+async def test_a_dead_run_is_redriven_once() -> None:
+    async with working() as (_, client):
+        asked = await client.post("/tasks/mended/runs", json={"payload": 5})
+        run_id = asked.json()["run_id"]
+        ended = (await client.get(f"/runs/{run_id}/result", params={"wait": 60})).json()
+        assert (ended["status"], ended["reason"]) == ("failed", "aborted")
+        assert (await client.post(f"/runs/{run_id}/redrive", json={})).status_code == 200
+        assert (await client.post(f"/runs/{run_id}/redrive", json={})).status_code == 409
+
+
+async def test_a_task_that_nobody_has_is_not_found() -> None:
+    async with working() as (_, client):
+        refused = await client.post("/tasks/nobody/runs", json={})
+        assert (refused.status_code, refused.json()["kind"]) == (404, "not_found")
+        unknown = await client.get("/runs/nothing/result")
+        assert unknown.status_code == 404
+
+
+async def test_a_key_makes_one_run_of_a_hundred_triggers() -> None:
+    async with working() as (_, client):
+        body = {"payload": 3, "idempotency_key": "k"}
+        asked = await asyncio.gather(
+            *(client.post("/tasks/double/runs", json=body) for _ in range(20))
+        )
+        assert len({each.json()["run_id"] for each in asked}) == 1
+        assert sum(each.json()["own"] for each in asked) == 1
+        other = await client.post("/tasks/double/runs", json={**body, "payload": 4})
+        assert other.status_code == 409
+
+
+async def test_a_stop_ends_streams() -> None:
+    app = shop()
+    async with stage(app) as staged:
+        site = Site(staged.resources, address=Address("127.0.0.1", 0))
+        serving = asyncio.create_task(site.run())
+        await site.listening.wait()
+        async with (
+            httpx.AsyncClient(timeout=LONG) as client,
+            client.stream("GET", f"http://127.0.0.1:{site.port}/api/v1/events") as response,
+        ):
+            lines = response.aiter_lines()
+            assert (await anext(lines)).startswith(":")
+            serving.cancel()
+            assert [line async for line in lines if line] == []
+        await asyncio.gather(serving, return_exceptions=True)
