@@ -64,6 +64,7 @@ _TYPES: Final[dict[str, type | tuple[type, ...]]] = {
     "total": (int, float),
     "metadata": dict,
     "redrives": int,
+    "seq": int,
 }
 
 
@@ -91,6 +92,8 @@ class Event:
     total: float | None = None
     redrives: int | None = None
     """How often the run was put back to work, if it was: of two ends the later one counts."""
+    seq: int | None = None
+    """Which message of the run it tells of, if not of the first: of two events the later counts."""
     metadata: Metadata | None = None
     """What the run noted about itself: `ctx.metadata`."""
 
@@ -169,6 +172,7 @@ def _event(envelope: Envelope, at_ms: int, worker: str, name: str, **values: Any
         at_ms=at_ms,
         worker=worker,
         redrives=envelope.redrives or None,
+        seq=envelope.seq or None,
         metadata=envelope.memory.metadata or None,
         **values,
     )

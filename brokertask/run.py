@@ -15,6 +15,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from pydantic import TypeAdapter
 
+from brokertask.admission import ADMITTED
 from brokertask.claims import Claims
 from brokertask.durations import Duration, readable, seconds
 from brokertask.envelope import Message
@@ -87,7 +88,7 @@ class Run(Generic[R]):
         self.task = task
         self._session = session
         self._type = result
-        self._hearing = session.hearing(run_id)
+        self._hearing = session.hearing(run_id, anew=asks)
 
     @property
     def result_type(self) -> TypeAdapter[R]:
@@ -261,9 +262,15 @@ class Session:
             return
         self.deaf, self.reply_key = None, name
 
-    def hearing(self, run_id: str) -> Hearing:
-        """Return what will be heard of a run, for as long as somebody holds it."""
-        return self._hearings.setdefault(run_id, Hearing())
+    def hearing(self, run_id: str, *, anew: bool = False) -> Hearing:
+        """Return what will be heard of a run, for as long as somebody holds it.
+
+        Anew: what ended may have been redriven since.
+        """
+        hearing = self._hearings.setdefault(run_id, Hearing())
+        if anew and hearing.ended.is_set():
+            hearing = self._hearings[run_id] = Hearing()
+        return hearing
 
     async def close(self) -> None:
         """Delete the reply queue and disconnect."""
@@ -308,9 +315,10 @@ class Session:
         await self.transport.publish(route, message, timeout=timeout)
 
     def _hear(self, message: Message) -> None:
-        answer = self._answers.get(message.correlation_id or "")
-        if answer is not None:
-            if not answer.done():
+        if message.type == ADMITTED:
+            answer = self._answers.get(message.correlation_id or "")
+            # One that nobody waits for any longer comes too late.
+            if answer is not None and not answer.done():
                 answer.set_result(message)
             return
         try:

@@ -28,12 +28,12 @@ MAX_SIGNAL_BYTES: Final = 65_536
 _UNKNOWN: Final = b"\xc0"
 
 
-def ending_of(event: Event, redrives: int) -> dict[str, object]:
+def ending_of(event: Event) -> dict[str, object]:
     """Return the row that tells how a run ended, for `record_endings`."""
     return {
         "run_id": event.run_id,
         "task": event.task,
-        "redrives": redrives,
+        "redrives": event.redrives or 0,
         "body": event.message().body,
         "at_ms": event.at_ms,
     }

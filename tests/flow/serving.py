@@ -108,7 +108,7 @@ class Serving:
                 ends, signals = [], []
                 for one in deliveries:
                     if one.message.type in (COMPLETED, FAILED, EXPIRED):
-                        ends.append(outcomes.ending_of(Event.read(one.message), 0))
+                        ends.append(outcomes.ending_of(Event.read(one.message)))
                     elif one.message.type is None:
                         signals.append(outcomes.signal_of(one.message, one.key, at_ms=now_ms))
                 async with resources.store.begin() as connection:

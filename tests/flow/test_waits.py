@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -28,8 +29,9 @@ from brokertask import (
     TimedOut,
     Worker,
 )
+from brokertask.deadletters import Selection
 from brokertask.envelope import Message
-from brokertask.server import tokens
+from brokertask.server import parking, tokens
 from brokertask.topology import Route
 from brokertask.transport.base import Delivery
 from brokertask.values import JSON, MSGPACK, pack
@@ -544,3 +546,88 @@ async def test_a_wait_that_is_parked_twice_goes_on_once(app: App, server: Servin
         await eventually(lambda: len(app._embedded.messages("bt.server.waits")) == 0)  # type: ignore[union-attr]
     assert len(bodies) == 2
     await transport.close()
+
+
+async def test_of_two_servers_one_sends_each_run_on(
+    app: App, server: Serving, tmp_path: Path
+) -> None:
+    stretches: Counter[int] = Counter()
+
+    @app.task(concurrency=50)
+    async def parent(number: int, ctx: Context) -> int:
+        stretches[number] += 1
+        double = app.tasks["double"]
+        found = await ctx.wait_for(*(double.call(20 + number + place) for place in range(3)))
+        return sum(found)
+
+    async with Serving(app, f"sqlite+aiosqlite:///{tmp_path}/server.db"), working(app):
+        runs = await parent.trigger_many(range(40))
+        results = [await run.result(timeout=SECONDS) for run in runs]
+    assert results == [sum(2 * (20 + number + place) for place in range(3)) for number in range(40)]
+    assert set(stretches.values()) == {2}
+
+
+async def test_what_is_kept_of_a_run_goes_with_it_but_never_its_message(
+    app: App, server: Serving
+) -> None:
+    @app.task
+    async def ask(ctx: Context) -> Any:
+        await ctx.wait_for(app.tasks["double"].call(1))
+        return await ctx.wait_for(ctx.token("approval"))
+
+    async with working(app):
+        run = await ask.trigger()
+        (token,) = await open_tokens(server)
+        async with server.store.begin() as connection:
+            await parking.forget(connection, [run.run_id], before_ms=app.clock.now_ms() + 1)
+            assert len(await tokens.of_run(connection, run.run_id)) == 2
+        await server.waits.complete(token["id"], 1, by="ada")
+        assert await run.result(timeout=SECONDS) == 1
+        async with server.store.begin() as connection:
+            await parking.forget(connection, [run.run_id], before_ms=app.clock.now_ms() + 1)
+            assert await tokens.of_run(connection, run.run_id) == []
+            assert await tokens.listed(connection, open_only=False) == []
+
+
+async def test_a_redriven_parent_asks_again_for_what_failed(app: App, server: Serving) -> None:
+    mended: list[int] = []
+    did: list[int] = []
+
+    @app.task(retry=ONCE)
+    async def fragile(number: int) -> int:
+        did.append(number)
+        if number == 2 and not mended:
+            raise ValueError("not yet")
+        return number
+
+    @app.task(retry=ONCE)
+    async def parent(ctx: Context) -> list[int]:
+        return await ctx.wait_for(fragile.call(1), fragile.call(2))
+
+    async with working(app):
+        run = await parent.trigger()
+        with pytest.raises(RunFailed, match="not yet"):
+            await run.result(timeout=SECONDS)
+        mended.append(1)
+        transport = app.connect()
+        await transport.open(timeout=1)
+        for task in ("fragile", "parent"):
+            async with Selection.open(transport, app.settings, [task]) as dead:
+                (letter,) = dead.letters
+                assert [one.status async for one in dead.redrive()] == ["redriven"]
+            async with asyncio.timeout(SECONDS):
+                # The server still tells of the failure until it has heard of the later end.
+                while await _failed(ended := await app.client.run(letter.run_id, task)):
+                    pass
+        assert await ended.result(timeout=SECONDS) == [1, 2]
+        await transport.close()
+    assert sorted(did) == [1, 2, 2]
+
+
+async def _failed(run: Run[Any]) -> bool:
+    """Whether a run has failed, as far as the server knows."""
+    try:
+        await run.result(timeout=SECONDS)
+    except RunFailed:
+        return True
+    return False
