@@ -11,6 +11,7 @@ import pytest
 
 from infra.rabbitmq.installation import Installation, NodeError
 from infra.rabbitmq.node import Node
+from tests.postgres import cluster
 
 NODE_VARIABLE = "BROKERTASK_TEST_NODE"
 
@@ -53,3 +54,10 @@ def amqp_url(rabbitmq_node: Node) -> Iterator[str]:
     vhost = f"test-{uuid.uuid4().hex[:12]}"
     yield rabbitmq_node.add_vhost(vhost)
     rabbitmq_node.delete_vhost(vhost)
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """The URL of a database in a private PostgreSQL of this run."""
+    with cluster() as url:
+        yield url

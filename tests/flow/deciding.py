@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from brokertask.server.admission import Admissions
@@ -56,11 +56,11 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def fresh_database(server: str) -> str:
-    """Return the URL of a new database on a PostgreSQL server."""
+async def fresh_database(url: str) -> str:
+    """Return the URL of a new database beside another one of PostgreSQL."""
     name = f"test_{uuid.uuid4().hex[:12]}"
-    engine = create_async_engine(server, isolation_level="AUTOCOMMIT")
+    engine = create_async_engine(url, isolation_level="AUTOCOMMIT")
     async with engine.connect() as connection:
         await connection.execute(text(f"create database {name}"))
     await engine.dispose()
-    return f"{server.rpartition('/')[0]}/{name}"
+    return make_url(url).set(database=name).render_as_string(hide_password=False)
