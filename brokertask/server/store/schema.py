@@ -17,6 +17,67 @@ from sqlalchemy import (
 
 metadata = MetaData()
 
+# -- runs: what is known of each, and of its attempts
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("run_id", Text, primary_key=True),
+    Column("task", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("place", BigInteger, nullable=False),
+    Column("asked_place", BigInteger, nullable=False),
+    Column("noted_ms", BigInteger, nullable=False),
+    Column("redrives", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("at_ms", BigInteger, nullable=False),
+    Column("triggered_ms", BigInteger, nullable=False),
+    Column("due_ms", BigInteger),
+    Column("ended_ms", BigInteger),
+    Column("worker", Text),
+    Column("reason", Text),
+    Column("error_type", Text),
+    Column("error_message", Text),
+    Column("waits", LargeBinary),
+    Column("done", Float),
+    Column("total", Float),
+    Column("notes", LargeBinary),
+    Column("tags", Text, nullable=False),
+    Column("parent", Text),
+    Column("root", Text),
+    Column("trace_id", Text),
+    Column("app_id", Text),
+    Column("payload", LargeBinary),
+    Column("content_type", Text),
+    Column("payload_state", Text),
+    Index("runs_newest", "triggered_ms", "run_id"),
+    Index("runs_status", "status", "triggered_ms", "run_id"),
+    Index("runs_task", "task", "status", "triggered_ms", "run_id"),
+    Index("runs_parent", "parent"),
+    Index("runs_root", "root"),
+    Index("runs_trace", "trace_id"),
+)
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("run_id", Text, primary_key=True),
+    Column("redrives", Integer, primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("outcome", Text, nullable=False),
+    Column("worker", Text, nullable=False),
+    Column("ended_ms", BigInteger, nullable=False),
+    Column("delay_ms", BigInteger),
+    Column("error_type", Text),
+    Column("error_message", Text),
+    Column("traceback", Text),
+)
+known_tasks = Table(
+    "known_tasks",
+    metadata,
+    Column("task", Text, primary_key=True),
+    Column("since_ms", BigInteger, nullable=False),
+)
+
 # -- waits: runs that wait, and what they wait for
 
 parked = Table(

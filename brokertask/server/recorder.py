@@ -1,0 +1,122 @@
+"""The part of a server that writes history: it takes in events, and copies of triggers.
+
+Each batch is one transaction, and is acked after it: what was not written comes again. Then those
+are told that wait for the end of a run, or for an event of a user's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Final
+
+from brokertask.envelope import Envelope, Message
+from brokertask.errors import AccessDenied, EnvelopeError
+from brokertask.events import ENDS, Event
+from brokertask.server import history
+from brokertask.server.asks import Asks
+from brokertask.server.batches import Batches
+from brokertask.server.outcomes import ending_of, record_endings, record_signals, signal_of
+from brokertask.server.redactor import kept
+from brokertask.server.resources import Resources
+from brokertask.server.runs import event_fact, record, trigger_fact
+from brokertask.server.waits import Waits
+from brokertask.topology import Binding, Topology
+from brokertask.transport.base import Delivery
+
+log = logging.getLogger("brokertask.server")
+
+BATCH: Final = 500
+
+
+class Recorder:
+    """Writes history; one of several servers' parts that may do so at once.
+
+    Attributes:
+        lag_ms: How old the latest event was when it was written.
+    """
+
+    def __init__(self, resources: Resources, waits: Waits, asks: Asks) -> None:
+        self._resources = resources
+        self._waits = waits
+        self._asks = asks
+        self._bound: set[str] = set()
+        self.lag_ms = 0
+
+    async def run(self) -> None:
+        """Take in what comes, until cancelled."""
+        async with self._resources.store.begin() as connection:
+            known = await history.tasks(connection)
+        await self._bind(known)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._consume("events", self._hear))
+            group.create_task(self._consume("triggers", self._see))
+
+    async def _consume(
+        self, queue: str, take: Callable[[Sequence[Delivery], int], Awaitable[None]]
+    ) -> None:
+        resources = self._resources
+        async with Batches(resources.transport, f"{resources.names.server}.{queue}", BATCH) as some:
+            async for deliveries in some:
+                await take(deliveries, resources.clock.now_ms())
+                for delivery in deliveries:
+                    await delivery.ack()
+
+    async def _see(self, deliveries: Sequence[Delivery], now_ms: int) -> None:
+        """Write what copies of triggers tell."""
+        facts = []
+        limit = self._resources.broker_settings.max_payload_bytes
+        for delivery in deliveries:
+            try:
+                envelope = Envelope.read(delivery.message, task=delivery.key, max_bytes=limit)
+            except EnvelopeError:
+                continue  # Its worker will say so.
+            facts.append(trigger_fact(envelope, kept(envelope), now_ms=now_ms))
+        async with self._resources.store.begin() as connection:
+            await record(connection, facts)
+
+    async def _hear(self, deliveries: Sequence[Delivery], now_ms: int) -> None:
+        """Write what events tell; then tell those who waited for it."""
+        events: list[Event] = []
+        signals: list[Mapping[str, object]] = []
+        for delivery in deliveries:
+            message = delivery.message
+            if (event := _event(message)) is not None:
+                events.append(event)
+            elif (signal := signal_of(message, delivery.key, at_ms=now_ms)) is not None:
+                signals.append(signal)
+        facts = [event_fact(event) for event in events]
+        ended = [event for event in events if event.event in ENDS]
+        async with self._resources.store.begin() as connection:
+            await record(connection, facts)
+            await record_endings(connection, [ending_of(event) for event in ended])
+            await record_signals(connection, signals)
+        run_ids = [event.run_id for event in ended]
+        await self._waits.came("run", run_ids)
+        await self._waits.came("event", {str(signal["key"]) for signal in signals})
+        await self._asks.ended(run_ids)
+        await self._bind({event.task for event in events})
+        if events:
+            self.lag_ms = max(0, now_ms - events[-1].at_ms)
+
+    async def _bind(self, tasks: Iterable[str]) -> None:
+        """Have copies of the triggers of tasks from now on."""
+        names = self._resources.names
+        for task in sorted(set(tasks) - self._bound):
+            self._bound.add(task)
+            binding = Binding(names.tasks, f"{names.server}.triggers", task)
+            try:
+                await self._resources.transport.declare(Topology((), (), (binding,)))
+            except AccessDenied as error:
+                log.warning("runs of %s are recorded only when they begin: %s", task, error)
+
+
+def _event(message: Message) -> Event | None:
+    """Return the event of a run in a message; None for one that somebody else has published."""
+    if not message.correlation_id or not message.type:
+        return None
+    try:
+        return Event.read(message)
+    except EnvelopeError:
+        return None
