@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from brokertask import __version__
-from brokertask.cli import dead, topology, waits
+from brokertask.cli import dead, schedules, topology, waits
 from brokertask.cli.asyncapi import asyncapi
 from brokertask.cli.dev import dev
 from brokertask.cli.doctor import doctor
@@ -52,3 +52,4 @@ for command in (dev, worker, trigger, doctor, permissions, asyncapi):
 app.add_typer(dead.app, name="dead")
 app.add_typer(topology.app, name="topology")
 app.add_typer(waits.app, name="waits")
+app.add_typer(schedules.app, name="schedules")

@@ -34,6 +34,10 @@ Expires = Annotated[
 ]
 Tags = Annotated[list[str] | None, typer.Option("--tag", metavar="TAG", help="Repeatable.")]
 RunId = Annotated[str | None, typer.Option(metavar="ID", help="To repeat a trigger: the run's id.")]
+Key = Annotated[
+    str | None,
+    typer.Option(metavar="KEY", help="Of triggers with the same key only the first makes a run."),
+]
 Wait = Annotated[
     bool, typer.Option("--wait", help="Wait for the run's end; print its result as JSON.")
 ]
@@ -54,6 +58,7 @@ def trigger(
     expires: Expires = None,
     tags: Tags = None,
     run_id: RunId = None,
+    idempotency_key: Key = None,
     wait: Wait = False,
     follow: Follow = False,
     timeout: Timeout = None,
@@ -69,7 +74,7 @@ def trigger(
         # What has no tasks has nothing to declare; a task nobody declared is then unroutable.
         app = App(app.name, settings=app.settings.model_copy(update={"declare": False}))
     try:
-        options = _options(delay, expires, tags, run_id)
+        options = _options(delay, expires, tags, run_id, idempotency_key)
         limit = None if timeout is None else parse_duration(timeout)
         value = read_json(payload, file)
     except BrokertaskError as error:
@@ -81,7 +86,11 @@ def trigger(
 
 
 def _options(
-    delay: str | None, expires: str | None, tags: list[str] | None, run_id: str | None
+    delay: str | None,
+    expires: str | None,
+    tags: list[str] | None,
+    run_id: str | None,
+    key: str | None,
 ) -> TriggerOptions:
     options: TriggerOptions = {"tags": tags or []}
     if delay is not None:
@@ -90,6 +99,8 @@ def _options(
         options["expires"] = parse_duration(expires)
     if run_id is not None:
         options["run_id"] = run_id
+    if key is not None:
+        options["idempotency_key"] = key
     return options
 
 
