@@ -18,6 +18,7 @@
       EnvelopeError               bytes from the broker that are no run; buried with `reason`
       RunError                    what `Run.result()` raises; carries run id and task
         RunFailed  RunExpired  ResultTimeout  ResultUnavailable  ChildFailed
+      StoreUnavailable            a server's database is gone, or too slow
       Abort, RetryAfter           raised by task authors to steer the retry
 
 Messages say what happened, where, and how to mend it. They never hold payloads or passwords.
@@ -182,6 +183,10 @@ class PayloadUnavailable(PayloadError):
 
 class MemoryFull(PayloadError):
     """A run's finished steps are together over the limit; the run is buried with those before."""
+
+
+class StoreUnavailable(BrokertaskError):
+    """A server's database cannot be reached, or takes too long; nothing was done, or all of it."""
 
 
 class EnvelopeError(BrokertaskError):

@@ -311,6 +311,15 @@ def inflight(names: Names, queue: str) -> Topology:
     return Topology((), (_quorum(queue, **arguments),), (Binding(names.inflight, queue, queue),))
 
 
+def server(names: Names) -> Topology:
+    """Return what servers need, beside the shared exchanges; who asks for something waits in it."""
+    keys = {"waits": "wait", "admissions": "admit", "asks": "ask"}
+    asked = [Binding(names.server, f"{names.server}.{name}", key) for name, key in keys.items()]
+    kept = [_kept(f"{names.server}.{name}") for name in (*keys, "events", "triggers")]
+    events = Binding(names.events, f"{names.server}.events", "#")
+    return Topology((Exchange(names.server, "direct"),), tuple(kept), (*asked, events))
+
+
 def _task(names: Names, task: TaskQueue) -> tuple[list[Queue], list[Binding], list[Binding]]:
     work, dead = names.queue(task.task), names.dead_queue(task.task)
     arguments: dict[str, Argument] = {

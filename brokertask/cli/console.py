@@ -19,6 +19,7 @@ from rich.table import Table
 
 from brokertask import __version__, errors
 from brokertask.app import App
+from brokertask.cli import remote
 from brokertask.cli.loading import AppNotFound, load
 
 T = TypeVar("T")
@@ -43,6 +44,7 @@ class Exit(IntEnum):
     USAGE = 2
     IMPORT = 3
     BROKER = 4
+    STORE = 5
     CONFLICT = 6
     DENIED = 7
     TIMEOUT = 8
@@ -63,6 +65,9 @@ CODES: Final[Mapping[type[BaseException], tuple[str, Exit]]] = {
     errors.BrokerBlocked: ("BT-205", Exit.BROKER),
     errors.PublishUnknown: ("BT-206", Exit.TIMEOUT),
     errors.PublishError: ("BT-200", Exit.BROKER),
+    errors.StoreUnavailable: ("BT-501", Exit.STORE),
+    remote.ServerUnavailable: ("BT-502", Exit.BROKER),
+    remote.Refused: ("BT-503", Exit.FAILED),
     errors.PayloadUnavailable: ("BT-302", Exit.BROKER),
     errors.PayloadError: ("BT-301", Exit.USAGE),
     errors.ResultTimeout: ("BT-402", Exit.TIMEOUT),

@@ -79,7 +79,7 @@ async def listed(
     if before is not None:
         query = query.where(keys < before)
     query = query.order_by(runs.c.triggered_ms.desc(), runs.c.run_id.desc()).limit(limit)
-    return [row._mapping for row in await connection.execute(query)]
+    return [dict(row._mapping) for row in await connection.execute(query)]
 
 
 async def counted(connection: AsyncConnection, wanted: RunFilter) -> Counts:
@@ -94,14 +94,14 @@ async def counted(connection: AsyncConnection, wanted: RunFilter) -> Counts:
     rows = await connection.execute(
         select(newest.c.status, func.count()).group_by(newest.c.status).order_by(newest.c.status)
     )
-    by_status = {status: number for status, number in rows}
+    by_status = {row[0]: row[1] for row in rows}
     return Counts(by_status, capped=sum(by_status.values()) > MAX_COUNTED)
 
 
 async def shown(connection: AsyncConnection, run_id: str) -> Mapping[str, Any] | None:
     """Return all that is known of a run, or None."""
     row = (await connection.execute(select(runs).where(runs.c.run_id == run_id))).one_or_none()
-    return None if row is None else row._mapping
+    return None if row is None else dict(row._mapping)
 
 
 async def attempts_of(connection: AsyncConnection, run_id: str) -> list[Mapping[str, Any]]:
@@ -111,7 +111,7 @@ async def attempts_of(connection: AsyncConnection, run_id: str) -> list[Mapping[
         .where(attempts.c.run_id == run_id)
         .order_by(attempts.c.redrives, attempts.c.attempt)
     )
-    return [row._mapping for row in rows]
+    return [dict(row._mapping) for row in rows]
 
 
 async def tasks(connection: AsyncConnection) -> list[str]:

@@ -128,8 +128,10 @@ def problem_of(error: errors.BrokertaskError) -> Problem:
     """Return the problem that an error of ours is to a caller."""
     run_id = getattr(error, "run_id", None)
     match error:
+        case errors.StoreUnavailable():
+            kind: Kind = "store_unavailable"
         case errors.PublishError(unknown=True):
-            kind: Kind = "unknown_outcome"
+            kind = "unknown_outcome"
         case errors.Unroutable():
             kind = "not_found"
         case errors.PublishError():

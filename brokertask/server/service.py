@@ -1,0 +1,160 @@
+"""A server: its store, its broker, and its parts, each restarted when it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from typing import Final, Protocol
+
+from brokertask.claims import Claims
+from brokertask.clock import SystemClock
+from brokertask.errors import AccessDenied, BrokertaskError, ConfigurationError
+from brokertask.server.admission import Admissions
+from brokertask.server.api.site import Address, Site
+from brokertask.server.asks import Asks
+from brokertask.server.outbox import Outbox
+from brokertask.server.recorder import Recorder
+from brokertask.server.resources import Resources
+from brokertask.server.schedules import Schedules
+from brokertask.server.settings import ServerSettings
+from brokertask.server.store.engine import Database
+from brokertask.server.waits import Waits
+from brokertask.settings import Settings
+from brokertask.topology import server, topology
+from brokertask.transport.base import Transport
+
+log = logging.getLogger("brokertask.server")
+
+FIRST_BACKOFF: Final = 0.5
+LONGEST_BACKOFF: Final = 15.0
+CALM: Final = 60.0
+"""A part that has run for so long begins with a short backoff again."""
+
+
+class Part(Protocol):
+    """What a server does, until cancelled."""
+
+    async def run(self) -> None:
+        """Do it."""
+        ...
+
+
+class Server:
+    """Runs a server on an open or closed transport, until stopped."""
+
+    def __init__(
+        self, settings: Settings, server_settings: ServerSettings, transport: Transport
+    ) -> None:
+        self._settings = settings
+        self._server_settings = server_settings
+        self._transport = transport
+        self._stopping = asyncio.Event()
+        self.site: Site | None = None
+        self.started = asyncio.Event()
+
+    def stop(self) -> None:
+        """Have `run` return when everything has stopped in order."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Serve until stopped.
+
+        Raises:
+            BrokertaskError: The store or the broker cannot be used at the start, or an address.
+        """
+        async with AsyncExitStack() as stack:
+            store = Database(self._server_settings.store_url)
+            stack.push_async_callback(store.close)
+            await store.open()
+            await self._transport.open(timeout=self._settings.connect_timeout)
+            stack.push_async_callback(self._transport.close)
+            await self._declare()
+            parts = self._parts(store)
+            tasks = [
+                asyncio.create_task(_kept_running(name, part), name=f"brokertask {name}")
+                for name, part in parts.items()
+            ]
+            stopping = asyncio.create_task(self._stopping.wait())
+            self.started.set()
+            try:
+                await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (stopping, *tasks):
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            for task in tasks:
+                if not task.cancelled() and (problem := task.exception()) is not None:
+                    raise problem
+
+    def _parts(self, store: Database) -> Mapping[str, Part]:
+        """Return every part; this is the place where they are listed."""
+        outbox = Outbox()
+        claims = Claims(self._settings.payload_store, above=self._settings.claim_above_bytes)
+        claims.open()
+        resources = Resources(
+            store=store,
+            outbox=outbox,
+            transport=self._transport,
+            broker_settings=self._settings,
+            clock=SystemClock(),
+            claims=claims,
+        )
+        waits, asks = Waits(resources), Asks(resources)
+        self.site = Site(
+            resources,
+            address=Address.read(self._server_settings.bind),
+            hosts=self._server_settings.allowed_hosts,
+        )
+        return {
+            "outbox": _Publishing(outbox, resources),
+            "waits": waits,
+            "asks": asks,
+            "admissions": Admissions(resources),
+            "schedules": Schedules(resources),
+            "recorder": Recorder(resources, waits, asks),
+            "api": self.site,
+        }
+
+    async def _declare(self) -> None:
+        if not self._settings.declare:
+            return
+        names = self._settings.names
+        for each in (topology(names), server(names)):
+            try:
+                await self._transport.declare(each)
+            except AccessDenied as error:
+                log.warning("what servers need is not declared: %s", error)
+
+
+class _Publishing:
+    """The outbox as a part."""
+
+    def __init__(self, outbox: Outbox, resources: Resources) -> None:
+        self._outbox = outbox
+        self._resources = resources
+
+    async def run(self) -> None:
+        """Publish what is left in it."""
+        await self._outbox.run(self._resources)
+
+
+async def _kept_running(name: str, part: Part) -> None:
+    """Run a part until cancelled. What fails is begun again; a wrong setting ends the server."""
+    loop, backoff = asyncio.get_running_loop(), FIRST_BACKOFF
+    while True:
+        began = loop.time()
+        try:
+            await part.run()
+            log.error("the server's %s has ended; it begins again in %g s", name, backoff)
+        except ConfigurationError:
+            raise
+        except BrokertaskError as error:
+            log.warning("the server's %s begins again in %g s: %s", name, backoff, error)
+        except Exception:
+            log.exception("the server's %s begins again in %g s", name, backoff)
+        if loop.time() - began > CALM:
+            backoff = FIRST_BACKOFF
+        await asyncio.sleep(backoff)
+        backoff = min(2 * backoff, LONGEST_BACKOFF)

@@ -1,0 +1,52 @@
+"""What a server may be told: each setting is `BROKERTASK_SERVER_` and its name in capitals."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from brokertask.errors import ConfigurationError
+
+SCHEMES = ("sqlite+aiosqlite://", "postgresql+asyncpg://")
+
+
+def _store(url: str) -> str:
+    if not url.startswith(SCHEMES):
+        # Whatever it is, there may be a password in it.
+        raise ValueError(f"begins with {' or '.join(SCHEMES)}")
+    return url
+
+
+class ServerSettings(BaseSettings):
+    """Everything about a server beside its broker, which is in `Settings`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="BROKERTASK_SERVER_",
+        frozen=True,
+        env_ignore_empty=True,
+        hide_input_in_errors=True,
+    )
+
+    store_url: Annotated[str, AfterValidator(_store), Field(repr=False)] = (
+        "sqlite+aiosqlite:///.brokertask/server.db"
+    )
+    """The store: SQLite for one machine, `postgresql+asyncpg://user:password@host/database`."""
+    bind: str = "127.0.0.1:8070"
+    """Where the API listens. Any address but one of loopback needs an API token to start."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Host names that the API answers to beside those of loopback, as a JSON array: the name that
+    a proxy in front of it is known by."""
+
+
+def server_settings() -> ServerSettings:
+    """Return the settings in the environment.
+
+    Raises:
+        ConfigurationError: A variable is not understood.
+    """
+    try:
+        return ServerSettings()
+    except (ValidationError, ValueError) as error:
+        raise ConfigurationError(f"BROKERTASK_SERVER_*: {error}") from None
