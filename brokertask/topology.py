@@ -40,6 +40,7 @@ LONGEST_RUNG_MS: Final = 86_400_000
 IN_PLACE_MS: Final = 20
 """What is left of a delay, at most, when a worker waits it out instead of sending it round."""
 
+LATEST_MANIFESTS: Final = 10_000
 INFLIGHT_TTL_MS: Final = 100
 """How long a checkpoint waits for its own worker before it goes back to the task's queue."""
 INFLIGHT_EXPIRES_MS: Final = 3_600_000
@@ -222,7 +223,7 @@ class Names:
         return Route(self.inflight, task, (queue,))
 
     def server_route(self, what: str) -> Route:
-        """Where a request to the servers goes: `wait`, `ask` or `admit`."""
+        """Where a request to the servers goes: `wait`, `ask`, `admit` or `manifest`."""
         return Route(self.server, what)
 
     def event_route(self, event: str, task: str, *, reply_to: str | None = None) -> Route:
@@ -313,11 +314,16 @@ def inflight(names: Names, queue: str) -> Topology:
 
 def server(names: Names) -> Topology:
     """Return what servers need, beside the shared exchanges; who asks for something waits in it."""
-    keys = {"waits": "wait", "admissions": "admit", "asks": "ask"}
+    keys = {"waits": "wait", "admissions": "admit", "asks": "ask", "manifests": "manifest"}
     asked = [Binding(names.server, f"{names.server}.{name}", key) for name, key in keys.items()]
-    kept = [_kept(f"{names.server}.{name}") for name in (*keys, "events", "triggers")]
+    lasting = ("waits", "admissions", "asks", "events", "triggers")
+    kept = [_kept(f"{names.server}.{name}") for name in lasting]
+    # Workers that start over and over fill it with what is the same: the oldest go.
+    latest: dict[str, Argument] = {"x-max-length": LATEST_MANIFESTS, "x-overflow": "drop-head"}
+    manifests = Queue(f"{names.server}.manifests", {"x-queue-type": "quorum", **latest})
     events = Binding(names.events, f"{names.server}.events", "#")
-    return Topology((Exchange(names.server, "direct"),), tuple(kept), (*asked, events))
+    exchanges = (Exchange(names.server, "direct"),)
+    return Topology(exchanges, (*kept, manifests), (*asked, events))
 
 
 def _task(names: Names, task: TaskQueue) -> tuple[list[Queue], list[Binding], list[Binding]]:

@@ -22,6 +22,7 @@ from brokertask.clock import Clock
 from brokertask.executor import Executor
 from brokertask.inflight import Inflight
 from brokertask.keeper import Keeper
+from brokertask.manifest import MANIFEST, Manifest, tell
 from brokertask.performer import Performer
 from brokertask.settings import Settings
 from brokertask.task import Middleware, Task
@@ -121,6 +122,8 @@ class Worker:
             self._resources.callback(keeping.cancel)
             for task in self.tasks:
                 await self._consume(transport, task)
+            telling = asyncio.create_task(self._tell(transport))
+            self._resources.callback(telling.cancel)
         except BaseException:
             # What was delivered already is handed back before its pools close.
             await self.stop(grace=0)
@@ -169,6 +172,13 @@ class Worker:
             left = deadline - asyncio.get_running_loop().time()
             if left <= 0 or not (await asyncio.wait(self._executions, timeout=left))[0]:
                 return
+
+    async def _tell(self, transport: Transport) -> None:
+        """Tell the servers what is to be triggered when."""
+        schedules = {task.id: task.schedule_plain for task in self.tasks}
+        manifest = Manifest(worker=self.name, at_ms=self._clock.now_ms(), schedules=schedules)
+        route = self._settings.names.server_route(MANIFEST)
+        await tell(transport, route, manifest, timeout=self._settings.publish_timeout)
 
     def _make_inflight(self, transport: Transport) -> Inflight:
         return Inflight(

@@ -13,11 +13,14 @@ from typing import Any, Final, Literal, TypeAlias
 from sqlalchemy import Row, delete, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from brokertask.errors import AccessDenied, InvalidOption, Unroutable
+from brokertask.envelope import Message
+from brokertask.errors import AccessDenied, EnvelopeError, InvalidOption, Unroutable
 from brokertask.identity import uuid7
+from brokertask.manifest import Manifest
 from brokertask.schedule import Schedule
 from brokertask.server import timetable
 from brokertask.server.admission import send
+from brokertask.server.batches import Batches
 from brokertask.server.resources import Resources
 from brokertask.server.store.schema import schedules, ticks
 from brokertask.server.store.upsert import put_new
@@ -27,6 +30,7 @@ from brokertask.values import pack
 
 log = logging.getLogger("brokertask.server")
 
+BATCH: Final = 20
 POLL: Final = 1.0
 """Seconds after which a server looks for schedules that another one has taken in."""
 FORGET_EVERY_MS: Final = 3_600_000
@@ -64,7 +68,20 @@ class Schedules:
         self._sooner = asyncio.Event()
 
     async def run(self) -> None:
-        """Watch the time, until cancelled."""
+        """Take in what workers' code says, and watch the time, until cancelled."""
+        queue = f"{self._resources.names.server}.manifests"
+        async with (
+            Batches(self._resources.transport, queue, BATCH) as batches,
+            asyncio.TaskGroup() as group,
+        ):
+            group.create_task(self._watch())
+            async for deliveries in batches:
+                for delivery in deliveries:
+                    await self._read(delivery.message)
+                    await delivery.ack()
+                self._sooner.set()
+
+    async def _watch(self) -> None:
         resources, clock = self._resources, self._resources.clock
         forget_ms = 0
         while True:
@@ -107,10 +124,11 @@ class Schedules:
             await self._delete(connection, task)
             return
         try:
-            plan = Plan(
-                task, task, Schedule.read(given), given["payload"], bool(given["sends_tick"])
-            )
-        except InvalidOption as error:
+            payload, sends_tick = given["payload"], bool(given["sends_tick"])
+            plan = Plan(check_task_id(task), task, Schedule.read(given), payload, sends_tick)
+            if not isinstance(payload, bytes):
+                raise InvalidOption("its payload is no bytes")
+        except (InvalidOption, KeyError) as error:
             log.error("the schedule of %s is not understood here: %s", task, error)
             return
         await self._put(connection, held, plan, declared=True, at_ms=at_ms)
@@ -208,6 +226,18 @@ class Schedules:
         plan, now_ms = Plan.read(held), self._resources.clock.now_ms()
         begin = now_ms - plan.offset_ms if held.paused else held.tick_ms - 1
         return [tick + plan.offset_ms for tick in islice(plan.schedule.ticks.after(begin), count)]
+
+    async def _read(self, message: Message) -> None:
+        """Take in one worker's manifest; one that cannot be read says nothing."""
+        try:
+            manifest = Manifest.read(message)
+        except EnvelopeError as error:
+            log.error("what a worker says of its schedules is not understood here: %s", error)
+            return
+        async with self._resources.store.begin() as connection:
+            # All servers in the same order, as each holds the rows that it has looked at.
+            for task, given in sorted(manifest.schedules.items()):
+                await self.declare(connection, task, given, manifest.at_ms)
 
     async def _find_queue(self, task: str) -> None:
         queue = self._resources.names.queue(task)

@@ -23,7 +23,7 @@ from brokertask.server.outbox import Outbox
 from brokertask.server.resources import Resources
 from brokertask.server.schedules import Schedules
 from brokertask.server.store.schema import metadata
-from brokertask.topology import Binding, Exchange, Queue, Route, Topology
+from brokertask.topology import Route, server
 from brokertask.transport.base import Consumer, Delivery, Receive, Transport
 from tests.flow.serving import MiniStore
 
@@ -58,19 +58,13 @@ class Clerk:
         self._parts: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Clerk:
-        app, server = self._app, self._app.settings.names.server
+        app = self._app
         async with self._store.begin() as connection:
             await connection.run_sync(metadata.create_all)
         self._transport = app.connect()
         await self._transport.open(timeout=10)
         await self._transport.declare(app.topology())
-        queue = Queue(f"{server}.admissions", {"x-queue-type": "quorum"})
-        binding = Binding(server, queue.name, "admit")
-        # Where clients look for a server.
-        waits = Queue(f"{server}.waits", {"x-queue-type": "quorum"})
-        await self._transport.declare(
-            Topology((Exchange(server, "direct"),), (queue, waits), (binding,))
-        )
+        await self._transport.declare(server(app.settings.names))
         sending = Outbox()
         self._fused = _FusedStore(self._store, self._fuse)
         resources = Resources(

@@ -12,10 +12,21 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from brokertask.server.admission import Admissions
 from brokertask.server.schedules import Schedules
-from brokertask.topology import Binding, Queue, Topology
-from tests.flow.serving import QUORUM, Serving
+from brokertask.topology import Names, Topology, server
+from tests.flow.serving import Serving
 
 SECONDS = 20.0
+
+
+def queues(names: Names) -> Topology:
+    """Return what of a server's topology is for these parts."""
+    every = server(names)
+    mine = [f"{names.server}.{name}" for name in ("admissions", "manifests")]
+    return Topology(
+        every.exchanges,
+        tuple(queue for queue in every.queues if queue.name in mine),
+        tuple(binding for binding in every.bindings if binding.queue in mine),
+    )
 
 
 class Deciding(Serving):
@@ -23,11 +34,7 @@ class Deciding(Serving):
 
     async def __aenter__(self) -> Deciding:
         await super().__aenter__()
-        server = self.resources.names.server
-        queue = Queue(f"{server}.admissions", QUORUM)
-        await self.resources.transport.declare(
-            Topology((), (queue,), (Binding(server, queue.name, "admit"),))
-        )
+        await self.resources.transport.declare(queues(self.resources.names))
         self.admissions, self.schedules = Admissions(self.resources), Schedules(self.resources)
         parts = (self.admissions.run(), self.schedules.run())
         self._parts += [asyncio.create_task(part) for part in parts]

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from brokertask import App, InvalidPayload, Retry, Schedule, Settings, Tick, Unroutable, Worker
 from brokertask.clock import VirtualClock
+from brokertask.envelope import Message
 from brokertask.server.timetable import GRACE_MS, TURN, Plan, Turn, turn
 from brokertask.transport.memory import MemoryBroker
+from brokertask.values import pack
 from tests.flow.deciding import Deciding, eventually, until
 
 pytestmark = pytest.mark.anyio
@@ -374,6 +376,61 @@ async def test_what_the_code_says_last_is_right(
     await eventually(lambda: office.ticks)
     await declare(server, none, "report", 4)
     assert await schedules.show("report") is None
+
+
+async def test_a_worker_tells_the_servers_of_the_schedules_in_its_code(
+    broker: MemoryBroker, server: Deciding, clock: VirtualClock
+) -> None:
+    seen: list[Tick] = []
+    app, without = (App("office", settings=Settings(amqp_url="memory:")) for _ in range(2))
+
+    @app.task(schedule=Schedule(cron="0 * * * *"))
+    async def tidy(tick: Tick) -> None:
+        seen.append(tick)
+
+    @without.task(id="tidy")
+    async def tidy_when_asked(tick: Tick) -> None: ...
+
+    async def known() -> bool:
+        return await server.schedules.show("tidy") is not None
+
+    async def unknown() -> bool:
+        return not await known()
+
+    with app.on(broker), without.on(broker):
+        async with app.worker():
+            await until(known)
+            clock.advance_to(MIDNIGHT + HOUR)
+            await eventually(lambda: seen)
+        assert seen == [Tick("tidy", hour(1))]
+        async with without.worker():
+            await until(unknown)
+
+
+async def test_a_manifest_that_cannot_be_read_is_in_nobodys_way(
+    office: Office, server: Deciding
+) -> None:
+    route = server.resources.names.server_route("manifest")
+    head = {"worker": "w", "at_ms": 1}
+    spec = {**HOURLY.plain(), "payload": b"\xc0", "sends_tick": False}
+    broken: tuple[Any, ...] = (
+        7,
+        {1: None},
+        {"report": {}},
+        {"report": {**spec, "cron": "* * *"}},
+        {"report": {**spec, "payload": 1}},
+        {"no task!": spec},
+        {"sweep": spec},
+    )
+    for schedules in broken:
+        body = pack({**head, "schedules": schedules})
+        await server.resources.publish(route, Message(body=body, type="manifest"))
+
+    async def known() -> bool:
+        return await server.schedules.show("sweep") is not None
+
+    await until(known)
+    assert [each.name for each in await server.schedules.listed()] == ["sweep"]
 
 
 @pytest.mark.usefixtures("worker")
