@@ -52,6 +52,7 @@ class Server:
         self._transport = transport
         self._stopping = asyncio.Event()
         self.site: Site | None = None
+        self.resources: Resources | None = None
         self.started = asyncio.Event()
 
     def stop(self) -> None:
@@ -93,7 +94,7 @@ class Server:
         outbox = Outbox()
         claims = Claims(self._settings.payload_store, above=self._settings.claim_above_bytes)
         claims.open()
-        resources = Resources(
+        self.resources = resources = Resources(
             store=store,
             outbox=outbox,
             transport=self._transport,

@@ -8,10 +8,18 @@ from dataclasses import dataclass, replace
 
 from brokertask.admission import Admission
 from brokertask.envelope import Envelope
-from brokertask.errors import AccessDenied, PayloadTooLarge, PublishError, Unroutable
+from brokertask.errors import (
+    AccessDenied,
+    PayloadTooLarge,
+    PublishError,
+    StoreUnavailable,
+    Unroutable,
+)
 from brokertask.identity import checked_id, checked_tags, uuid7
 from brokertask.server import admission, keys
+from brokertask.server.redactor import kept
 from brokertask.server.resources import Resources
+from brokertask.server.runs import record, trigger_fact
 from brokertask.telemetry import Telemetry
 from brokertask.topology import IN_PLACE_MS, check_task_id
 from brokertask.values import encode
@@ -58,6 +66,11 @@ async def trigger(resources: Resources, wish: Wish) -> Triggered:
     if wish.admission is not None:
         return await _admit(resources, envelope, wish.admission, now_ms)
     await publish(resources, envelope)
+    # A copy comes, too, but not before a delayed run is due, and not of a task that is new.
+    fact = trigger_fact(envelope, kept(envelope), now_ms=now_ms)
+    with suppress(StoreUnavailable):
+        async with resources.store.begin() as connection:
+            await record(connection, [fact])
     return Triggered(envelope.run_id)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,7 +16,8 @@ from brokertask.server.api import auth
 from brokertask.server.api.app import make_app
 from brokertask.server.api.auth import Role
 from brokertask.server.resources import Resources
-from tests.flow.serving import Serving
+from brokertask.server.service import Server
+from brokertask.server.settings import ServerSettings
 
 BASE = "http://localhost/api/v1"
 
@@ -25,6 +27,7 @@ class Stage:
     """An API, and what is behind it."""
 
     app: App
+    server: Server
     resources: Resources
     asgi: ASGIApp
 
@@ -54,7 +57,20 @@ async def stage(
 ) -> AsyncIterator[Stage]:
     owner = app or App("shop", settings=Settings(amqp_url="memory:"))
     with tempfile.TemporaryDirectory() as folder:
-        store = f"sqlite+aiosqlite:///{folder}/store.db"
-        async with Serving(owner, store) as serving:
-            asgi = make_app(serving.resources, open_here=open_here, rate=rate)
-            yield Stage(owner, serving.resources, asgi)
+        settings = ServerSettings(
+            store_url=f"sqlite+aiosqlite:///{folder}/store.db", bind="127.0.0.1:0"
+        )
+        server = Server(owner.settings, settings, owner.connect())
+        running = asyncio.create_task(server.run())
+        starting = asyncio.create_task(server.started.wait())
+        await asyncio.wait({running, starting}, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            assert server.resources is not None
+            assert server.site is not None
+            await server.site.listening.wait()
+            asgi = make_app(server.resources, open_here=open_here, rate=rate)
+            yield Stage(owner, server, server.resources, asgi)
+        finally:
+            starting.cancel()
+            server.stop()
+            await running

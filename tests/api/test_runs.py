@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from brokertask import Abort, App, Context, Settings
+from brokertask import Abort, App, Context, Retry, Settings
 from brokertask.server.api.site import Address, Site
 from tests.api.stage import Stage, stage
 
@@ -31,6 +31,12 @@ def shop() -> App:
     async def approve(amount: int, ctx: Context) -> Any:
         return await ctx.wait_for(ctx.token("approval"))
 
+    @app.task(retry=Retry(max_attempts=2, min_delay=0.01))
+    async def flaky(order: dict[str, Any], ctx: Context) -> int:
+        if ctx.attempt == 1:
+            raise ValueError("not yet")
+        return 1
+
     @app.task()
     async def mended(number: int) -> int:
         if broken:
@@ -48,16 +54,12 @@ async def working() -> AsyncIterator[tuple[Stage, httpx.AsyncClient]]:
     async with stage(app) as staged, app:
         worker = app.worker()
         await worker.start()
-        site = Site(staged.resources, address=Address("127.0.0.1", 0))
-        serving = asyncio.create_task(site.run())
-        await site.listening.wait()
-        base = f"http://127.0.0.1:{site.port}/api/v1"
+        assert staged.server.site is not None
+        base = f"http://127.0.0.1:{staged.server.site.port}/api/v1"
         try:
             async with httpx.AsyncClient(base_url=base, timeout=LONG) as client:
                 yield staged, client
         finally:
-            serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
             await worker.stop()
 
 
@@ -113,6 +115,70 @@ async def test_a_dead_run_is_redriven_once() -> None:
         assert (ended["status"], ended["reason"]) == ("failed", "aborted")
         assert (await client.post(f"/runs/{run_id}/redrive", json={})).status_code == 200
         assert (await client.post(f"/runs/{run_id}/redrive", json={})).status_code == 409
+
+
+async def eventually(client: httpx.AsyncClient, path: str, status: str) -> dict[str, Any]:
+    """Return the run at a path once the history has it in a status."""
+    async with asyncio.timeout(LONG):
+        while True:
+            answer = await client.get(path)
+            if answer.status_code == 200 and answer.json()["status"] == status:
+                found: dict[str, Any] = answer.json()
+                return found
+            await asyncio.sleep(0.01)
+
+
+async def test_the_history_has_each_run_with_its_attempts_and_payload() -> None:
+    async with working() as (_, client):
+        secret = {"number": 1, "password": "swordfish"}
+        body = {"payload": secret, "tags": ["a", "b"]}
+        run_id = (await client.post("/tasks/flaky/runs", json=body)).json()["run_id"]
+        run = await eventually(client, f"/runs/{run_id}", "completed")
+        assert (run["task"], run["attempt"], run["tags"]) == ("flaky", 2, ["a", "b"])
+        assert run["payload_state"] == "redacted"
+        assert "payload" not in run
+        first, second = (await client.get(f"/runs/{run_id}/attempts")).json()
+        assert (first["outcome"], first["error_message"]) == ("retrying", "not yet")
+        assert second["outcome"] == "completed"
+        shown = (await client.get(f"/runs/{run_id}/payload")).json()
+        assert shown["payload"] == {"number": 1, "password": "[redacted]"}
+        refused = await client.post(f"/runs/{run_id}/replay", json={})
+        assert refused.status_code == 409
+        again = {"replace": True, "payload": {"number": 2}}
+        replayed = (await client.post(f"/runs/{run_id}/replay", json=again)).json()
+        other = await eventually(client, f"/runs/{replayed['run_id']}", "completed")
+        assert other["tags"] == ["a", "b", f"replay:{run_id}"]
+
+
+async def test_lists_are_filtered_counted_and_paged() -> None:
+    async with working() as (_, client):
+        ids = [
+            (
+                await client.post("/tasks/double/runs", json={"payload": n, "tags": [f"n{n % 2}"]})
+            ).json()["run_id"]
+            for n in range(6)
+        ]
+        dead = (await client.post("/tasks/mended/runs", json={"payload": 1})).json()["run_id"]
+        await eventually(client, f"/runs/{dead}", "failed")
+        for run_id in ids:
+            await eventually(client, f"/runs/{run_id}", "completed")
+        query: dict[str, Any] = {"status": "completed", "tag": "n1", "limit": 2}
+        first = (await client.get("/runs", params=query)).json()
+        rest = (await client.get("/runs", params={**query, "cursor": first["next"]})).json()
+        found = [run["run_id"] for run in [*first["items"], *rest["items"]]]
+        assert found == [ids[5], ids[3], ids[1]]
+        assert rest["next"] is None
+        counts = (await client.get("/counts", params={"tag": "n1"})).json()
+        assert counts == {"total": 3, "by_status": {"completed": 3}, "capped": False}
+        failed = (await client.get("/runs", params={"error": "NOT TODAY"})).json()["items"]
+        assert [run["run_id"] for run in failed] == [dead]
+        assert (await client.get("/runs", params={"error": "%"})).json()["items"] == []
+        assert (await client.get("/runs", params={"status": "done"})).status_code == 422
+        tasks = [each["task"] for each in (await client.get("/tasks")).json()]
+        assert tasks == ["double", "mended"]
+        queues = {each["queue"]: each for each in (await client.get("/queues")).json()}
+        assert queues["bt.dead.mended"]["ready"] == 1
+        assert queues["bt.q.double"]["consumers"] >= 1
 
 
 async def test_a_task_that_nobody_has_is_not_found() -> None:

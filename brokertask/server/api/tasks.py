@@ -1,0 +1,75 @@
+"""Tasks that something was heard of, and their queues."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Final
+
+from pydantic import BaseModel
+
+from brokertask.server import history
+from brokertask.server.api.operations import Call, Routes
+from brokertask.transport.base import Depth
+
+routes: Final = Routes("tasks")
+AT_ONCE: Final = 8
+
+
+class TaskView(BaseModel):
+    """A task."""
+
+    task: str
+
+
+class QueueView(BaseModel):
+    """A queue on the broker."""
+
+    queue: str
+    task: str | None
+    """Whose it is; null: it is the servers' own."""
+    kind: str
+    """`work`: runs that wait for a worker. `dead`: dead runs. `intake`: triggers in front of a
+    bounded queue. `server`: what servers are asked for. `unrouted`: what had no target."""
+    ready: int
+    """Messages that wait in it; what workers hold is not among them."""
+    consumers: int
+
+
+@routes.get("/tasks")
+async def list_tasks(call: Call) -> list[TaskView]:
+    """List the tasks that something was heard of."""
+    async with call.resources.store.begin() as connection:
+        return [TaskView(task=task) for task in await history.tasks(connection)]
+
+
+@routes.get("/queues", problems=("broker_unavailable",))
+async def list_queues(call: Call) -> list[QueueView]:
+    """List the queues of these tasks and of the servers, as the broker has them now."""
+    names = call.resources.names
+    async with call.resources.store.begin() as connection:
+        tasks = await history.tasks(connection)
+    wanted: list[tuple[str, str | None, str]] = []
+    for task in tasks:
+        wanted.append((names.queue(task), task, "work"))
+        wanted.append((names.intake(task), task, "intake"))
+        wanted.append((names.dead_queue(task), task, "dead"))
+    wanted.append((names.unrouted, None, "unrouted"))
+    parts = ("events", "triggers", "waits", "admissions", "asks")
+    wanted += [(f"{names.server}.{name}", None, "server") for name in parts]
+    depths = await _depths(call, [queue for queue, _, _ in wanted])
+    return [
+        QueueView(queue=queue, task=task, kind=kind, ready=depth.ready, consumers=depth.consumers)
+        for (queue, task, kind), depth in zip(wanted, depths, strict=True)
+        if depth is not None
+    ]
+
+
+async def _depths(call: Call, queues: Iterable[str]) -> list[Depth | None]:
+    room = asyncio.Semaphore(AT_ONCE)
+
+    async def depth(queue: str) -> Depth | None:
+        async with room:
+            return await call.resources.transport.depth(queue)
+
+    return list(await asyncio.gather(*(depth(queue) for queue in queues)))
