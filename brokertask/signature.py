@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, Final, get_args, get_type_hints
 
 from pydantic import TypeAdapter
 
@@ -13,6 +13,11 @@ from brokertask.context import Context
 from brokertask.errors import UnsupportedType
 from brokertask.functions import adapter
 from brokertask.schedule import Tick
+
+NEVER_USED: Final = (
+    "would never be used, as a payload is always sent; put it into a model, as the default of a "
+    "field"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +60,7 @@ class Signature:
                     f"{where}: {parameter.name!r} is always given; annotate it as Context alone"
                 )
             elif parameter.default not in (parameter.empty, None):
-                raise UnsupportedType(
-                    f"{where}: the default of {parameter.name!r} would never be used, as a payload "
-                    "is always sent; put it into a model, as the default of a field"
-                )
+                raise UnsupportedType(f"{where}: the default of {parameter.name!r} {NEVER_USED}")
             elif payload_name is None:
                 payload_name = parameter.name
             else:
