@@ -183,8 +183,9 @@ _NUMBERS: Final = (
     "x-max-length-bytes",
     "x-consumer-timeout",
     "x-quorum-initial-group-size",
+    "x-stream-max-segment-size-bytes",
 )
-_TEXTS: Final = ("x-dead-letter-exchange", "x-dead-letter-routing-key")
+_TEXTS: Final = ("x-dead-letter-exchange", "x-dead-letter-routing-key", "x-max-age")
 _SWITCHES: Final = ("x-single-active-consumer",)
 _KNOWN: Final = (*_WORDS, *_NUMBERS, *_TEXTS, *_SWITCHES)
 

@@ -7,6 +7,7 @@
                                                       └─► bt.dead ──► bt.dead.<task>
     bt.resume's unroutable ──► bt.unrouted                worker ──► bt.events (topic)
     worker ──► bt.inflight ──► bt.inflight.<worker> ──► the same worker; if it dies ──► bt.resume
+    cancel, pause, resume ──► bt.control (fanout) ──► bt.control (stream) ──► every worker
 
 Nothing here talks to a broker; `transport.*` declares it, `drift` compares it.
 """
@@ -45,6 +46,15 @@ INFLIGHT_TTL_MS: Final = 100
 """How long a checkpoint waits for its own worker before it goes back to the task's queue."""
 INFLIGHT_EXPIRES_MS: Final = 3_600_000
 """A dead worker's queue goes, long after its messages have gone."""
+
+CONTROL_LOG: Final[Mapping[str, Argument]] = {
+    "x-queue-type": "stream",
+    "x-max-age": "7D",
+    "x-max-length-bytes": 16_000_000,
+    "x-stream-max-segment-size-bytes": 2_000_000,
+}
+"""Some 80,000 entries, which a worker that starts reads in a few seconds. The broker forgets in
+whole segments, so small ones make the week true."""
 
 _TASK_ID: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,126}")
 
@@ -178,6 +188,11 @@ class Names:
         """The exchange of what servers are asked to do, and what their queues begin with."""
         return f"{self.namespace}.server"
 
+    @property
+    def control(self) -> str:
+        """Exchange and stream of the control log."""
+        return f"{self.namespace}.control"
+
     def died_inflight(self, headers: Mapping[str, object]) -> int:
         """Return 1 if a message came back from the inflight queue of a worker that died, else 0."""
         match headers.get("x-death"):
@@ -225,6 +240,10 @@ class Names:
     def server_route(self, what: str) -> Route:
         """Where a request to the servers goes: `wait`, `ask`, `admit` or `manifest`."""
         return Route(self.server, what)
+
+    def control_route(self) -> Route:
+        """Where an entry of the control log goes: to every worker, now and later."""
+        return Route(self.control, "")
 
     def event_route(self, event: str, task: str, *, reply_to: str | None = None) -> Route:
         """Where an event goes: to whoever listens, and to the caller that waits for the run."""
@@ -281,9 +300,13 @@ def topology(names: Names, tasks: Iterable[TaskQueue] = ()) -> Topology:
         Exchange(names.dead, "direct", {"alternate-exchange": names.unrouted}),
         Exchange(names.events, "topic"),
         Exchange(names.inflight, "direct"),
+        Exchange(names.control, "fanout"),
     ]
-    queues = [_kept(names.unrouted)]
-    bindings = [Binding(names.unrouted, names.unrouted, "")]
+    queues = [_kept(names.unrouted), Queue(names.control, CONTROL_LOG)]
+    bindings = [
+        Binding(names.unrouted, names.unrouted, ""),
+        Binding(names.control, names.control, ""),
+    ]
     for milliseconds in _LADDER:
         rung = names.rung(milliseconds)
         expiry: dict[str, Argument] = {

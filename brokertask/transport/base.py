@@ -12,8 +12,10 @@ from typing import Final, Protocol, TypeAlias, runtime_checkable
 from brokertask.envelope import Headers, HeaderValue, Message
 from brokertask.topology import Binding, Exchange, Queue, Route, Topology
 
+OFFSET: Final = "x-stream-offset"
+"""The header that says where in its stream a message is."""
 BROKER_HEADERS: Final = frozenset(
-    {"CC", "BCC", "x-death", "x-delivery-count", "x-acquired-count"}
+    {"CC", "BCC", "x-death", "x-delivery-count", "x-acquired-count", OFFSET}
     | {
         f"x-{which}-death-{part}"
         for which in ("first", "last")
@@ -231,5 +233,21 @@ class Transport(Protocol):
 
         Raises:
             AccessDenied: This user may not declare, bind or read it.
+        """
+        ...
+
+    async def follow(
+        self, stream: str, receive: Callable[[Message], None], *, after: int | None = None
+    ) -> Consumer:
+        """Deliver all that `stream` holds to `receive`, in order, and what comes from now on.
+
+        Each message once, through lost connections and restarts of the broker, and with its
+        `OFFSET` among its headers; with `after`, only those beyond that offset. What is read stays
+        in the stream. Limits mean nothing to this consumer. A stream that was deleted is made anew
+        as a queue is, and followed from its beginning.
+
+        Raises:
+            ConfigurationError: There is no such stream.
+            AccessDenied: This user may not read it.
         """
         ...

@@ -13,6 +13,7 @@ from brokertask.errors import ConfigurationError, QueueFull, TopologyMismatch, U
 from brokertask.topology import Argument, Exchange, Queue, Topology
 from brokertask.transport.base import Depth, Difference
 from brokertask.transport.memory.queues import Parcel, StoredExchange, StoredQueue
+from brokertask.transport.memory.streams import StoredStream
 
 
 class Session(Protocol):
@@ -210,7 +211,8 @@ class MemoryBroker:
         if (stored := self._queues.get(queue.name)) is not None:
             stored.renew()
         else:
-            stored = self._queues[queue.name] = StoredQueue(self, queue)
+            kind = StoredStream if queue.arguments.get("x-queue-type") == "stream" else StoredQueue
+            stored = self._queues[queue.name] = kind(self, queue)
             for session in list(self._sessions):
                 session.find_queue(stored)
         stored.pump()

@@ -12,12 +12,19 @@ from typing import Final, cast
 import msgpack
 
 from brokertask.envelope import Message
-from brokertask.errors import BrokerBlocked, BrokertaskError, BrokerUnavailable, InvalidPayload
+from brokertask.errors import (
+    BrokerBlocked,
+    BrokertaskError,
+    BrokerUnavailable,
+    ConfigurationError,
+    InvalidPayload,
+)
 from brokertask.topology import Binding, Queue, Route, Topology
 from brokertask.transport.base import Consumer, Delivery, Depth, Difference, Receive, own_headers
 from brokertask.transport.declared import Declared
 from brokertask.transport.memory.broker import MemoryBroker
 from brokertask.transport.memory.queues import Item, Parcel, StoredQueue
+from brokertask.transport.memory.streams import Follower, StoredStream
 
 log = logging.getLogger("brokertask.memory")
 
@@ -32,7 +39,7 @@ class Connection:
 
     def __init__(self, broker: MemoryBroker) -> None:
         self._broker = broker
-        self._consumers: list[_Consumer] = []
+        self._consumers: list[_Consumer | Follower] = []
         self.declared = Declared()
         self._opened = False
 
@@ -71,7 +78,7 @@ class Connection:
             if consumer.queue is queue:
                 consumer.lose_queue()
 
-    def forget(self, consumer: _Consumer) -> None:
+    def forget(self, consumer: _Consumer | Follower) -> None:
         """Tell a closed consumer nothing any more."""
         if consumer in self._consumers:
             self._consumers.remove(consumer)
@@ -151,6 +158,23 @@ class Connection:
         listener = _Listener(self, self._connection(), own, receive)
         self._consumers.append(listener)
         return listener
+
+    async def follow(
+        self, stream: str, receive: Callable[[Message], None], *, after: int | None
+    ) -> Consumer:
+        """Deliver all that a stream holds; see `Transport.follow`."""
+        stored = self._connection().queue(stream)
+        if not isinstance(stored, StoredStream):
+            raise ConfigurationError(f"{stream!r} is a queue, and no stream")
+        follower = Follower(
+            stored,
+            receive,
+            after=after,
+            restore=lambda: self.restore(self.declared.topology),
+            closed=self.forget,
+        )
+        self._consumers.append(follower)
+        return follower
 
     def _connection(self) -> MemoryBroker:
         if not self.connected:

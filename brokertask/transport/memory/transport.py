@@ -85,6 +85,20 @@ class MemoryTransport:
         there = self._connection.listen(queue, bindings, bring)
         return _DistantConsumer(await bridge.cross(there), bridge)
 
+    async def follow(
+        self, stream: str, receive: Callable[[Message], None], *, after: int | None = None
+    ) -> Consumer:
+        """Deliver all that a stream holds, and what comes from now on."""
+        bridge = self._bridge
+        if bridge is None:
+            return await self._connection.follow(stream, receive, after=after)
+
+        def bring(message: Message) -> None:
+            bridge.bring(receive, message)
+
+        there = self._connection.follow(stream, bring, after=after)
+        return _DistantConsumer(await bridge.cross(there), bridge)
+
     async def declare(self, topology: Topology) -> None:
         """Make what is missing."""
         await self._at_home(self._connection.declare(topology))

@@ -17,6 +17,7 @@ from brokertask.transport.base import Consumer, Depth, Difference, Receive
 from brokertask.transport.declared import Declared
 from brokertask.transport.rabbitmq.consumer import RabbitConsumer
 from brokertask.transport.rabbitmq.declarer import Declarer, declare_one
+from brokertask.transport.rabbitmq.follower import RabbitFollower
 from brokertask.transport.rabbitmq.link import Link
 from brokertask.transport.rabbitmq.publisher import Publisher
 from brokertask.transport.rabbitmq.session import RPC_TIMEOUT, to_deliveries, to_messages
@@ -48,7 +49,7 @@ class RabbitTransport:
         )
         self._publisher = Publisher(self._publishing)
         self._declarer = Declarer(self._publishing)
-        self._consumers: list[RabbitConsumer] = []
+        self._consumers: list[RabbitConsumer | RabbitFollower] = []
         self._declared = Declared()
         self._restoring = asyncio.Lock()
         self._major = 0
@@ -132,6 +133,17 @@ class RabbitTransport:
         listener = _Listener(self, consumer, queue.name)
         self._consumers.append(consumer)
         return listener
+
+    async def follow(
+        self, stream: str, receive: Callable[[Message], None], *, after: int | None = None
+    ) -> Consumer:
+        """Deliver all that a stream holds, and what comes from now on."""
+        follower = RabbitFollower(
+            self._consuming, stream, receive, after=after, restore=self._restore
+        )
+        await follower.start(timeout=CONNECT_TIMEOUT)
+        self._consumers.append(follower)
+        return follower
 
     async def declare(self, topology: Topology) -> None:
         """Make everything of `topology` that is missing; remembered for when a queue is deleted."""

@@ -14,7 +14,7 @@ from typing import Any, Final
 from brokertask.envelope import Message
 from brokertask.errors import BrokertaskError, BrokerUnavailable, PublishUnknown
 from brokertask.topology import Binding, Queue, Route, Topology
-from brokertask.transport.base import Consumer, Depth, Difference, Receive
+from brokertask.transport.base import OFFSET, Consumer, Depth, Difference, Receive
 from brokertask.transport.declared import Declared
 from brokertask.transport.socket.frames import pack_message, pack_topology, unpack_message
 from brokertask.transport.socket.link import CALL_TIMEOUT, Link
@@ -98,6 +98,18 @@ class SocketTransport:
 
         bound = [asdict(binding) for binding in bindings]
         return await self._subscribe(_Listener, pushed, asdict(queue), bound)
+
+    async def follow(
+        self, stream: str, receive: Callable[[Message], None], *, after: int | None = None
+    ) -> Consumer:
+        """Deliver all that a stream holds; see `Transport.follow`."""
+
+        def pushed(consumer: _Consumer, link: Link, what: list[Any]) -> None:
+            message = unpack_message(what[0])
+            consumer.passed(message)
+            receive(message)
+
+        return await self._subscribe(_Follower, pushed, stream, after)
 
     async def declare(self, topology: Topology) -> None:
         """Make what is missing; a restarted server is told again."""
@@ -243,6 +255,9 @@ class _Consumer:
             await link.call("limit", self.number, self._later)
             self._later = None
 
+    def passed(self, message: Message) -> None:
+        """Note what came, where that changes how to begin again."""
+
     async def limit(self, prefetch: int) -> None:
         if self.started and self._link is not None and self._link.alive:
             await self._tell("limit", prefetch)
@@ -270,6 +285,14 @@ class _Listener(_Consumer):
 
     async def limit(self, prefetch: int) -> None:
         """Do nothing: what is settled on receipt needs no limit."""
+
+
+class _Follower(_Listener):
+    name = "follow"
+
+    def passed(self, message: Message) -> None:
+        stream, _ = self._arguments
+        self._arguments = (stream, message.headers[OFFSET])
 
 
 _Pushed = Callable[[_Consumer, Link, list[Any]], None]

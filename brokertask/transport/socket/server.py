@@ -140,6 +140,7 @@ class _Session:
             "publish": self._publish,
             "consume": self._consume,
             "listen": self._listen,
+            "follow": self._follow,
             "limit": self._limit,
             "stop": self._stop,
             "close": self._close,
@@ -223,6 +224,11 @@ class _Session:
             Queue(**queue),
             tuple(Binding(**binding) for binding in bindings),
             partial(self._push_message, consumer),
+        )
+
+    async def _follow(self, consumer: int, stream: str, after: int | None) -> None:
+        self._consumers[consumer] = await self._transport.follow(
+            stream, partial(self._push_message, consumer), after=after
         )
 
     async def _limit(self, consumer: int, prefetch: int) -> None:
