@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from pydantic import TypeAdapter
-from pydantic.errors import PydanticInvalidForJsonSchema
 
 from brokertask.task import Task
 from brokertask.topology import Names
+from brokertask.typed import schema_of
 from brokertask.values import JSON, MSGPACK
 
 REFERENCE: Final = "#/components/schemas/{model}"
@@ -111,9 +111,6 @@ def _exchange(name: str, kind: str) -> dict[str, Any]:
 
 def _schema(adapter: TypeAdapter[Any], schemas: dict[str, Any]) -> dict[str, Any]:
     """Return the JSON Schema of a type, its parts among `schemas`; {} if it has none."""
-    try:
-        schema = adapter.json_schema(ref_template=REFERENCE)
-    except PydanticInvalidForJsonSchema:
-        return {}
+    schema = schema_of(adapter, references=REFERENCE) or {}
     schemas.update(schema.pop("$defs", {}))
     return schema

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from brokertask.envelope import Message
@@ -31,10 +31,17 @@ class Manifest:
     """When its worker started, by its own clock."""
     schedules: Mapping[str, Mapping[str, Any] | None]
     """By task: `Task.schedule_plain`; None: it has no schedule, or none any more."""
+    schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By task: the JSON Schemas of its `payload` and `result`; None for what has none."""
 
     def message(self) -> Message:
         """Return it as the message to publish."""
-        body = {"worker": self.worker, "at_ms": self.at_ms, "schedules": self.schedules}
+        body = {
+            "worker": self.worker,
+            "at_ms": self.at_ms,
+            "schedules": self.schedules,
+            "schemas": self.schemas,
+        }
         return Message(
             body=pack(body), type=MANIFEST, content_type=MSGPACK, timestamp_ms=self.at_ms
         )
@@ -46,13 +53,20 @@ class Manifest:
         Raises:
             EnvelopeError: There is none in it.
         """
-        match decode(message.body, message.content_type or MSGPACK):
+        raw = decode(message.body, message.content_type or MSGPACK)
+        match raw:
             case {"worker": str(worker), "at_ms": int(at_ms), "schedules": dict(schedules)}:
                 if all(
                     isinstance(task, str) and isinstance(plain, dict | None)
                     for task, plain in schedules.items()
                 ):
-                    return Manifest(worker=worker, at_ms=at_ms, schedules=schedules)
+                    schemas = raw.get("schemas")
+                    return Manifest(
+                        worker=worker,
+                        at_ms=at_ms,
+                        schedules=schedules,
+                        schemas=schemas if isinstance(schemas, dict) else {},
+                    )
         raise EnvelopeError("not a manifest", reason="undecodable")
 
 

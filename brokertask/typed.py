@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Final, get_args
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic_core.core_schema import ErrorType
 
 from brokertask.errors import InvalidPayload
@@ -24,6 +25,16 @@ _SAYING_TOO_MUCH: Final = {
     "import_error",
 }
 _HARMLESS: Final = frozenset(get_args(ErrorType)) - _SAYING_TOO_MUCH
+
+
+def schema_of(
+    kind: TypeAdapter[Any], *, references: str = "#/$defs/{model}"
+) -> dict[str, Any] | None:
+    """Return the JSON Schema of a type, or None if JSON has nothing like it."""
+    try:
+        return kind.json_schema(ref_template=references)
+    except PydanticInvalidForJsonSchema:
+        return None
 
 
 def dump(kind: TypeAdapter[Any], value: object) -> object:

@@ -29,6 +29,7 @@ from brokertask.task import Middleware, Task
 from brokertask.telemetry import Telemetry
 from brokertask.topology import Topology
 from brokertask.transport.base import Consumer, Delivery, Transport
+from brokertask.typed import schema_of
 from brokertask.window import Window
 
 log = logging.getLogger("brokertask.worker")
@@ -174,9 +175,19 @@ class Worker:
                 return
 
     async def _tell(self, transport: Transport) -> None:
-        """Tell the servers what is to be triggered when."""
-        schedules = {task.id: task.schedule_plain for task in self.tasks}
-        manifest = Manifest(worker=self.name, at_ms=self._clock.now_ms(), schedules=schedules)
+        """Tell the servers what is to be triggered when, and what the tasks take and return."""
+        manifest = Manifest(
+            worker=self.name,
+            at_ms=self._clock.now_ms(),
+            schedules={task.id: task.schedule_plain for task in self.tasks},
+            schemas={
+                task.id: {
+                    "payload": schema_of(task.payload_type),
+                    "result": schema_of(task.result_type),
+                }
+                for task in self.tasks
+            },
+        )
         route = self._settings.names.server_route(MANIFEST)
         await tell(transport, route, manifest, timeout=self._settings.publish_timeout)
 

@@ -18,7 +18,7 @@ from brokertask.errors import AccessDenied, EnvelopeError, InvalidOption, Unrout
 from brokertask.identity import uuid7
 from brokertask.manifest import Manifest
 from brokertask.schedule import Schedule
-from brokertask.server import timetable
+from brokertask.server import catalog, timetable
 from brokertask.server.admission import send
 from brokertask.server.batches import Batches
 from brokertask.server.resources import Resources
@@ -238,6 +238,7 @@ class Schedules:
             # All servers in the same order, as each holds the rows that it has looked at.
             for task, given in sorted(manifest.schedules.items()):
                 await self.declare(connection, task, given, manifest.at_ms)
+            await catalog.declare(connection, manifest)
 
     async def _find_queue(self, task: str) -> None:
         queue = self._resources.names.queue(task)

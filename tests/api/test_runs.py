@@ -128,6 +128,19 @@ async def eventually(client: httpx.AsyncClient, path: str, status: str) -> dict[
             await asyncio.sleep(0.01)
 
 
+async def told(client: httpx.AsyncClient, count: int) -> None:
+    """Return once so many tasks are known with what they take."""
+    async with asyncio.timeout(LONG):
+        while True:
+            tasks = [task["task"] for task in (await client.get("/tasks")).json()]
+            details = [(await client.get(f"/tasks/{task}")).json() for task in tasks]
+            if sum("result_schema" in each and bool(each["result_schema"]) for each in details) >= (
+                count - 1  # That of `Any` is empty.
+            ):
+                return
+            await asyncio.sleep(0.01)
+
+
 async def test_the_history_has_each_run_with_its_attempts_and_payload() -> None:
     async with working() as (_, client):
         secret = {"number": 1, "password": "swordfish"}
@@ -170,15 +183,28 @@ async def test_lists_are_filtered_counted_and_paged() -> None:
         assert rest["next"] is None
         counts = (await client.get("/counts", params={"tag": "n1"})).json()
         assert counts == {"total": 3, "by_status": {"completed": 3}, "capped": False}
+        await told(client, 4)
         failed = (await client.get("/runs", params={"error": "NOT TODAY"})).json()["items"]
         assert [run["run_id"] for run in failed] == [dead]
         assert (await client.get("/runs", params={"error": "%"})).json()["items"] == []
         assert (await client.get("/runs", params={"status": "done"})).status_code == 422
         tasks = [each["task"] for each in (await client.get("/tasks")).json()]
-        assert tasks == ["double", "mended"]
+        assert tasks == ["approve", "double", "flaky", "mended"]
         queues = {each["queue"]: each for each in (await client.get("/queues")).json()}
         assert queues["bt.dead.mended"]["ready"] == 1
         assert queues["bt.q.double"]["consumers"] >= 1
+
+
+async def test_a_payload_is_checked_by_what_workers_say_the_task_takes() -> None:
+    async with working() as (_, client):
+        await told(client, 4)
+        described = (await client.get("/tasks/double")).json()
+        assert described["payload_schema"] == {"type": "integer"}
+        assert described["result_schema"] == {"type": "integer"}
+        refused = await client.post("/tasks/double/runs", json={"payload": "secret-7"})
+        assert refused.status_code == 422
+        assert refused.json()["invalid"][0]["where"] == "body.payload"
+        assert "secret-7" not in refused.text
 
 
 async def test_a_task_that_nobody_has_is_not_found() -> None:

@@ -14,7 +14,7 @@ from brokertask.server.api.operations import Call, Routes, RunId, Strict, TaskId
 from brokertask.server.api.paging import Page, PageQuery, cursor_of, keys_of
 from brokertask.server.api.problems import Problem
 from brokertask.server.api.shown import shown_body
-from brokertask.server.api.triggers import TriggeredRun
+from brokertask.server.api.triggers import TriggeredRun, check_payload
 from brokertask.server.history import RunFilter
 from brokertask.server.triggers import Wish, trigger
 from brokertask.values import LAST_INSTANT_MS, MSGPACK, decode
@@ -224,7 +224,9 @@ async def replay_run(call: Call, run_id: RunId, body: Replay) -> TriggeredRun:
     """
     row = await _row(call, run_id)
     payload: object = body.payload
-    if not body.replace:
+    if body.replace:
+        await check_payload(call, row["task"], payload)
+    else:
         if row["payload_state"] not in ("kept", "claim"):
             raise Problem(
                 "conflict", "its payload is not kept as it was: give another one, with `replace`"

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Iterable
 from typing import Final
 
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 
-from brokertask.server import history
-from brokertask.server.api.operations import Call, Routes
+from brokertask.server import catalog, history
+from brokertask.server.api.operations import Call, Routes, TaskId
+from brokertask.server.api.problems import Problem
 from brokertask.transport.base import Depth
 
 routes: Final = Routes("tasks")
@@ -20,6 +21,14 @@ class TaskView(BaseModel):
     """A task."""
 
     task: str
+
+
+class TaskDetail(TaskView):
+    """A task, and what its workers say of it."""
+
+    payload_schema: JsonValue
+    """JSON Schema of what it takes; null: no worker has told, or JSON has nothing like it."""
+    result_schema: JsonValue
 
 
 class QueueView(BaseModel):
@@ -41,6 +50,18 @@ async def list_tasks(call: Call) -> list[TaskView]:
     """List the tasks that something was heard of."""
     async with call.resources.store.begin() as connection:
         return [TaskView(task=task) for task in await history.tasks(connection)]
+
+
+@routes.get("/tasks/{task}")
+async def show_task(call: Call, task: TaskId) -> TaskDetail:
+    """Show a task, with the JSON Schemas of payload and result."""
+    async with call.resources.store.begin() as connection:
+        schemas = await catalog.schemas_of(connection, task)
+    if schemas is None:
+        raise Problem("not_found", "nothing was heard of such a task")
+    return TaskDetail(
+        task=task, payload_schema=schemas.get("payload"), result_schema=schemas.get("result")
+    )
 
 
 @routes.get("/queues", problems=("broker_unavailable",))

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, JsonValue, StringConstraints
 from brokertask.admission import DEFAULT_TTL, Admission, Debounce, Singleton
 from brokertask.durations import seconds
 from brokertask.envelope import MAX_TAGS
+from brokertask.server import catalog
 from brokertask.server.api.operations import (
     PRINTABLE,
     Call,
@@ -18,7 +19,7 @@ from brokertask.server.api.operations import (
     Strict,
     TaskId,
 )
-from brokertask.server.api.problems import Problem
+from brokertask.server.api.problems import InvalidValue, Problem
 from brokertask.server.triggers import Wish, trigger
 
 routes: Final = Routes("runs")
@@ -87,6 +88,7 @@ async def trigger_run(call: Call, task: TaskId, body: NewRun) -> TriggeredRun:
 
     When this answers, it is on the disk. After `unknown_outcome`, ask again with the same `run_id`.
     """
+    await check_payload(call, task, body.payload)
     done = await trigger(
         call.resources,
         Wish(
@@ -102,3 +104,21 @@ async def trigger_run(call: Call, task: TaskId, body: NewRun) -> TriggeredRun:
     if done.refused is not None:
         raise Problem("conflict", done.refused, run_id=done.run_id)
     return TriggeredRun(run_id=done.run_id, task=task, own=done.own)
+
+
+async def check_payload(call: Call, task: str, payload: object) -> None:
+    """Refuse a payload that is not what the task's workers say it takes.
+
+    Raises:
+        Problem: It is not.
+    """
+    async with call.resources.store.begin() as connection:
+        schemas = await catalog.schemas_of(connection, task)
+    if schemas is None or schemas.get("payload") is None:
+        return
+    found = [
+        InvalidValue(where=".".join(["body", "payload", *wrong.path])[:200], what=wrong.what[:200])
+        for wrong in catalog.wrongs(schemas["payload"], payload)
+    ]
+    if found:
+        raise Problem("invalid", f"{found[0].where}: {found[0].what}", invalid=found)

@@ -76,6 +76,8 @@ known_tasks = Table(
     metadata,
     Column("task", Text, primary_key=True),
     Column("since_ms", BigInteger, nullable=False),
+    Column("schemas", Text),
+    Column("schemas_ms", BigInteger),
 )
 
 # -- waits: runs that wait, and what they wait for
