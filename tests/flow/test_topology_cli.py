@@ -173,7 +173,7 @@ async def test_check_finds_what_is_missing(shop: Place) -> None:
     assert (done.code, done.out.splitlines()) == (
         1,
         [
-            f"✗ topology: {count} queues and exchanges are missing, such as bt.dead",
+            f"✗ topology: {count} queues and exchanges are missing, such as bt.control",
             "    fix: brokertask topology apply --app MODULE:APP",
             "1 error, 0 warnings, 0 notes",
         ],
