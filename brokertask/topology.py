@@ -349,6 +349,11 @@ def server(names: Names) -> Topology:
     return Topology(exchanges, (*kept, manifests), (*asked, events))
 
 
+def copies(names: Names, task: str) -> Binding:
+    """Return what lets servers see each trigger of a task, before its run begins."""
+    return Binding(names.tasks, f"{names.server}.triggers", task)
+
+
 def _task(names: Names, task: TaskQueue) -> tuple[list[Queue], list[Binding], list[Binding]]:
     work, dead = names.queue(task.task), names.dead_queue(task.task)
     arguments: dict[str, Argument] = {

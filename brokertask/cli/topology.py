@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
@@ -15,6 +15,7 @@ from brokertask.cli.letters import counted
 from brokertask.drift import IMMUTABLE, Change, Plan, lacking, observe, plan
 from brokertask.errors import TopologyMismatch
 from brokertask.lint import LEVELS, Finding, lint
+from brokertask.topology import Topology, copies, server
 
 app = typer.Typer(
     help="Compare the exchanges and queues an app needs with the broker; make them; check them.",
@@ -24,23 +25,28 @@ app = typer.Typer(
 MARKS = {"error": "[red]✗[/]", "warning": "[yellow]![/]", "note": "[dim]·[/]"}
 
 
+WithServer = Annotated[bool, typer.Option("--server", help="What `brokertask server` needs, too.")]
+
+
 @app.command("plan")
-def plan_topology(spec: AnApp, as_json: console.Json = False) -> None:
+def plan_topology(
+    spec: AnApp, with_server: WithServer = False, as_json: console.Json = False
+) -> None:
     """Say what `apply` would make, and what it cannot change.
 
     Exit codes: 0 nothing to do, 1 something to make, 6 something differs for good.
     """
     owner = app_or_stand_in(spec)
-    found = console.run(lambda: _plan(owner))
+    found = console.run(lambda: _plan(_wanted(owner, with_server), owner))
     _show_plan(found, as_json=as_json)
     raise typer.Exit(_plan_code(found))
 
 
 @app.command()
-def apply(spec: AnApp, as_json: console.Json = False) -> None:
+def apply(spec: AnApp, with_server: WithServer = False, as_json: console.Json = False) -> None:
     """Make everything an app needs that is missing; nothing is changed or deleted."""
     owner = app_or_stand_in(spec)
-    made, left = console.run(lambda: _apply(owner))
+    made, left = console.run(lambda: _apply(_wanted(owner, with_server), owner))
     if as_json:
         fields = {"made": [_named(change) for change in made.missing]}
         console.show_json({**fields, "mismatches": [asdict(one) for one in left.mismatches]})
@@ -76,20 +82,36 @@ def check(
     raise typer.Exit(Exit.FAILED if broken else Exit.OK)
 
 
-async def _plan(owner: App) -> Plan:
+def _wanted(owner: App, with_server: bool) -> Topology:
+    wanted = owner.topology()
+    if not with_server:
+        return wanted
+    more = server(owner.settings.names)
+    return replace(
+        wanted,
+        exchanges=(*wanted.exchanges, *more.exchanges),
+        queues=(*wanted.queues, *more.queues),
+        bindings=(
+            *wanted.bindings,
+            *more.bindings,
+            *(copies(owner.settings.names, task) for task in owner.tasks),
+        ),
+    )
+
+
+async def _plan(wanted: Topology, owner: App) -> Plan:
     async with connected(owner) as transport:
-        return await plan(transport, owner.topology())
+        return await plan(transport, wanted)
 
 
-async def _apply(owner: App) -> tuple[Plan, Plan]:
+async def _apply(wanted: Topology, owner: App) -> tuple[Plan, Plan]:
     """Return what was missing before, and what is wrong afterwards."""
-    topology = owner.topology()
     async with connected(owner) as transport:
-        before = await plan(transport, topology)
+        before = await plan(transport, wanted)
         try:
-            await transport.declare(topology)
+            await transport.declare(wanted)
         except TopologyMismatch:
-            return before, await plan(transport, topology)
+            return before, await plan(transport, wanted)
         return before, Plan(())
 
 

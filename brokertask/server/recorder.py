@@ -22,7 +22,7 @@ from brokertask.server.redactor import kept
 from brokertask.server.resources import Resources
 from brokertask.server.runs import event_fact, record, trigger_fact
 from brokertask.server.waits import Waits
-from brokertask.topology import Binding, Topology
+from brokertask.topology import Topology, copies
 from brokertask.transport.base import Delivery
 
 log = logging.getLogger("brokertask.server")
@@ -105,9 +105,9 @@ class Recorder:
         names = self._resources.names
         for task in sorted(set(tasks) - self._bound):
             self._bound.add(task)
-            binding = Binding(names.tasks, f"{names.server}.triggers", task)
+            seen = Topology((), (), (copies(names, task),))
             try:
-                await self._resources.transport.declare(Topology((), (), (binding,)))
+                await self._resources.transport.declare(seen)
             except AccessDenied as error:
                 log.warning("runs of %s are recorded only when they begin: %s", task, error)
 

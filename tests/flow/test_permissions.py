@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import quote, urlsplit
 
+import httpx
 import pytest
 
 from brokertask import App, Context, Retry, Settings
 from brokertask.errors import AccessDenied
 from brokertask.permissions import Role
-from brokertask.topology import Queue, Topology
+from brokertask.server.service import Server
+from brokertask.server.settings import ServerSettings
+from brokertask.topology import Queue, Topology, server
 from infra.rabbitmq.node import Node
 from tests.flow.commandline import Place
 
@@ -69,6 +72,10 @@ def made(url: str) -> App:
         run = await stock.trigger(number)
         return await run.result(timeout=60) + 1
 
+    @app.task(retry=Retry(max_attempts=1))
+    async def dies() -> None:
+        raise ValueError("once and again")
+
     return app
 
 
@@ -79,6 +86,7 @@ async def applied(login: Login) -> None:
     transport = app.connect()
     await transport.open(timeout=30)
     await transport.declare(app.topology())
+    await transport.declare(server(app.settings.names))
     await transport.close()
 
 
@@ -112,3 +120,36 @@ async def test_a_worker_deletes_no_queue_of_a_task(login: Login, applied: None) 
             await transport.delete("bt.dead.order")
     finally:
         await transport.close()
+
+
+async def test_a_server_needs_no_more(login: Login, applied: None, tmp_path: Path) -> None:
+    worker_app, app = made(login("worker")), made(login("publisher"))
+    owner = made(login("server"))
+    settings = ServerSettings(store_url=f"sqlite+aiosqlite:///{tmp_path}/s.db", bind="127.0.0.1:0")
+    serving = Server(owner.settings, settings, owner.connect())
+    running = asyncio.create_task(serving.run())
+    await serving.started.wait()
+    assert serving.site is not None
+    await serving.site.listening.wait()
+    base = f"http://127.0.0.1:{serving.site.port}/api/v1"
+    async with worker_app, app, httpx.AsyncClient(base_url=base, timeout=60) as client:
+        worker = worker_app.worker()
+        await worker.start()
+        asked = await client.post("/tasks/order/runs", json={"payload": 7, "delay": 0.05})
+        path = f"/runs/{asked.json()['run_id']}/result"
+        assert (await client.get(path, params={"wait": 60})).json()["result"] == 8
+        kept = {"payload": 1, "idempotency_key": "k"}
+        assert (await client.post("/tasks/stock/runs", json=kept)).status_code == 201
+        first = await app.client.trigger("stock", 1, idempotency_key="k")
+        assert (await client.get(f"/runs/{first.run_id}")).status_code == 200
+        dead = (await client.post("/tasks/dies/runs", json={})).json()["run_id"]
+        ended = await client.get(f"/runs/{dead}/result", params={"wait": 60})
+        assert ended.json()["status"] == "failed"
+        assert (await client.post(f"/runs/{dead}/redrive", json={})).status_code == 200
+        async with client.stream("GET", "/events") as stream:
+            assert stream.status_code == 200
+        queues = {each["queue"] for each in (await client.get("/queues")).json()}
+        assert {"bt.q.order", "bt.dead.order", "bt.server.events"} <= queues
+        await worker.stop()
+    serving.stop()
+    await running
