@@ -98,7 +98,7 @@ async def test_wherever_a_server_dies_a_key_has_one_run(
     broker: MemoryBroker, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sending, "CLAIM_MS", CLAIM_MS)
-    doubled = 0
+    doubled = point = 0
     for point in range(TOO_MANY_POINTS):
         app, fuse = shop(timeout=0.5), Fuse()
         with app.on(broker):

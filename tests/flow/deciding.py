@@ -40,14 +40,6 @@ class Deciding(Serving):
         self._parts += [asyncio.create_task(part) for part in parts]
         return self
 
-    async def die(self) -> None:
-        """Stop without a word: what is not committed and acked is as if it had not been."""
-        for part in self._parts:
-            part.cancel()
-        await asyncio.gather(*self._parts, return_exceptions=True)
-        self._parts.clear()
-        await self.resources.transport.close()
-
 
 async def eventually(condition: Callable[[], Any]) -> None:
     """Return when a condition holds."""

@@ -15,6 +15,7 @@ from brokertask import (
     CallNext,
     Client,
     Context,
+    Debounce,
     Event,
     Failure,
     First,
@@ -22,8 +23,11 @@ from brokertask import (
     Rejected,
     Retry,
     Run,
+    Schedule,
     Settings,
+    Singleton,
     Task,
+    Tick,
     TimedOut,
 )
 
@@ -201,3 +205,23 @@ async def waiting(document: Document, ctx: Context) -> None:
     paid = await ctx.wait_for(ctx.event("paid", where={"number": 7}))
     if paid:
         assert_type(paid["amount"], Any)
+
+
+# --- keys and schedules ---------------------------------------------------------------------------
+
+
+@app.task(schedule=Schedule(cron="0 3 * * *", tz="Europe/Berlin", catch_up="last"))
+async def nightly(tick: Tick) -> None: ...
+
+
+@app.task(schedule=Schedule(every="15m", overlap="skip", jitter=30))
+async def often() -> int:
+    return 1
+
+
+async def with_keys(document: Document) -> None:
+    assert_type(await payload_only.trigger(document, idempotency_key="a"), Run[Report])
+    assert_type(await nothing.trigger(idempotency_key="a", idempotency_ttl="1h"), Run[int])
+    await payload_only.trigger(document, debounce=Debounce("a", "10s", mode="leading"))
+    await app.client.trigger("other", 1, singleton=Singleton("a"))
+    app.client.trigger_sync("other", 1, idempotency_key="a")

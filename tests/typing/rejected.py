@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from brokertask import App, Context, Retry, Run, Settings, Task
+from brokertask import App, Context, Debounce, Retry, Run, Schedule, Settings, Task
 
 app = App("typing", settings=Settings(amqp_url="memory:"))
 
@@ -53,6 +53,12 @@ async def wrong_options() -> None:
     await process.trigger(Document(path="a"), tags=5)  # type: ignore[arg-type]
     await process.trigger_many([], run_ids=["a"])  # type: ignore[call-arg]
     await app.client.trigger("a", 1, dealy=5)  # type: ignore[call-arg]
+    await process.trigger(Document(path="a"), idempotency_key=7)  # type: ignore[arg-type]
+    await process.trigger(Document(path="a"), singleton=True)  # type: ignore[arg-type]
+    await process.trigger_many([], idempotency_key="a")  # type: ignore[call-arg]
+    Debounce("a", "10s", mode="middle")  # type: ignore[arg-type]
+    Schedule(cron="0 3 * * *", catch_up="none")  # type: ignore[arg-type]
+    app.task(schedule="0 3 * * *")  # type: ignore[call-overload]
 
 
 async def wrong_results() -> None:
