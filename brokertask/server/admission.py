@@ -19,7 +19,9 @@ from brokertask.outcome import AttemptError, Failed
 from brokertask.server import keys
 from brokertask.server.batches import Batches
 from brokertask.server.keys import Decision, Request
+from brokertask.server.redactor import kept
 from brokertask.server.resources import Resources
+from brokertask.server.runs import record, trigger_fact
 from brokertask.topology import Route, check_task_id
 from brokertask.transport.base import Delivery
 
@@ -61,12 +63,15 @@ class Admissions:
         # Everybody in the same order: two servers never wait for each other's rows.
         asked.sort(key=lambda each: each[1].place)
         answers: list[tuple[Delivery, Answer]] = []
+        begun: list[Envelope] = []
         async with resources.store.begin() as connection:
             for delivery, request in asked:
                 decision = await keys.decide(connection, request, now_ms=now_ms)
                 if decision.begins:
-                    await send(resources, connection, request.envelope, now_ms=now_ms)
+                    begun.append(request.envelope)
                 answers.append((delivery, _answer(decision)))
+            # After all decisions: what it writes to, other servers may be at, too.
+            await send(resources, connection, begun, now_ms=now_ms)
         resources.outbox.poke()
         self._sooner.set()
         await asyncio.gather(*(self._tell(delivery, answer) for delivery, answer in answers))
@@ -113,11 +118,11 @@ class Admissions:
             now_ms = clock.now_ms()
             async with resources.store.begin() as connection:
                 due = await keys.take_due(connection, now_ms=now_ms)
-                for message in due:
-                    envelope = Envelope.read(
-                        message, task=message.type or "", max_bytes=len(message.body)
-                    )
-                    await send(resources, connection, envelope, now_ms=now_ms)
+                begun = [
+                    Envelope.read(message, task=message.type or "", max_bytes=len(message.body))
+                    for message in due
+                ]
+                await send(resources, connection, begun, now_ms=now_ms)
                 if now_ms >= forget_ms:
                     await keys.forget_expired(connection, now_ms=now_ms)
                     forget_ms = now_ms + FORGET_EVERY_MS
@@ -129,15 +134,26 @@ class Admissions:
 
 
 async def send(
-    resources: Resources, connection: AsyncConnection, envelope: Envelope, *, now_ms: int
+    resources: Resources,
+    connection: AsyncConnection,
+    envelopes: Sequence[Envelope],
+    *,
+    now_ms: int,
 ) -> None:
-    """Have a run triggered when the transaction is committed, or when it is due."""
+    """Have runs triggered when the transaction is committed, or when they are due.
+
+    Their history begins with it: a copy of a delayed trigger comes only when it is due.
+    """
     names = resources.names
-    route, left = names.trigger_route(envelope.task), 0
-    if envelope.due_ms is not None and envelope.due_ms > now_ms:
-        route, left = names.delay_route(envelope.task, envelope.due_ms - now_ms)
-    sent = replace(envelope, sent_ms=now_ms, left_ms=left)
-    await resources.outbox.add(connection, route, sent.message())
+    sent = [replace(envelope, sent_ms=now_ms) for envelope in envelopes]
+    for envelope in sent:
+        route, left = names.trigger_route(envelope.task), 0
+        if envelope.due_ms is not None and envelope.due_ms > now_ms:
+            route, left = names.delay_route(envelope.task, envelope.due_ms - now_ms)
+        message = replace(envelope, left_ms=left).message()
+        await resources.outbox.add(connection, route, message)
+    facts = [trigger_fact(envelope, kept(envelope), now_ms=now_ms) for envelope in sent]
+    await record(connection, facts)
 
 
 def _answer(decision: Decision) -> Answer:

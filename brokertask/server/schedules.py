@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeAlias
 from sqlalchemy import Row, delete, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from brokertask.envelope import Message
+from brokertask.envelope import Envelope, Message
 from brokertask.errors import AccessDenied, EnvelopeError, InvalidOption, Unroutable
 from brokertask.identity import uuid7
 from brokertask.manifest import Manifest
@@ -89,8 +89,8 @@ class Schedules:
             now_ms = clock.now_ms()
             async with resources.store.begin() as connection:
                 rows = await timetable.due(connection, now_ms)
-                for row in rows:
-                    await self._decide(connection, row, now_ms)
+                runs = [run for row in rows for run in await self._decide(connection, row, now_ms)]
+                await send(resources, connection, runs, now_ms=now_ms)
                 if now_ms >= forget_ms:
                     await timetable.forget_ticks(connection, now_ms=now_ms)
                     forget_ms = now_ms + FORGET_EVERY_MS
@@ -182,7 +182,7 @@ class Schedules:
                 return None
             run_id = uuid7(now_ms)
             run = Plan.read(held).run(run_id, now_ms, held.run_ms, now_ms)
-            await send(resources, connection, run, now_ms=now_ms)
+            await send(resources, connection, [run], now_ms=now_ms)
             latest = {"run_id": run_id, "run_ms": now_ms}
             mine = schedules.c.name == name
             await connection.execute(update(schedules).where(mine).values(latest))
@@ -246,15 +246,17 @@ class Schedules:
             if await self._resources.transport.depth(queue) is None:
                 raise Unroutable(f"no queue on this broker is for task {task!r}: start a worker")
 
-    async def _decide(self, connection: AsyncConnection, row: Row[Any], now_ms: int) -> None:
+    async def _decide(
+        self, connection: AsyncConnection, row: Row[Any], now_ms: int
+    ) -> list[Envelope]:
+        """Decide on the due ticks of a schedule, and return what is to be published."""
         try:
             plan = Plan.read(row)
         except InvalidOption as error:
             log.error("schedule %r is not understood here: %s", row.name, error)
             await timetable.put_off(connection, row.name, until_ms=now_ms + LATER_MS)
-            return
-        for run in await timetable.decide(connection, plan, row, now_ms=now_ms):
-            await send(self._resources, connection, run, now_ms=now_ms)
+            return []
+        return await timetable.decide(connection, plan, row, now_ms=now_ms)
 
     async def _put(
         self,

@@ -94,7 +94,7 @@ async def _admit(
     async with resources.store.begin() as connection:
         decision = await keys.decide(connection, request, now_ms=now_ms)
         if decision.begins:
-            await admission.send(resources, connection, envelope, now_ms=now_ms)
+            await admission.send(resources, connection, [envelope], now_ms=now_ms)
     resources.outbox.poke()
     own = decision.run_id == envelope.run_id
     return Triggered(decision.run_id, own, decision.refused)

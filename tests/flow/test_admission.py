@@ -27,6 +27,7 @@ from brokertask import (
 )
 from brokertask.clock import VirtualClock
 from brokertask.envelope import Message
+from brokertask.server import history
 from brokertask.topology import Route
 from brokertask.transport.memory import MemoryBroker
 from brokertask.values import pack
@@ -209,6 +210,13 @@ def test_a_sync_caller_has_keys_too(broker: MemoryBroker, tmp_path: Path) -> Non
 
     asyncio.run(main())
     assert shop_done == [7]
+
+
+async def test_its_history_begins_with_the_decision(shop: Shop, server: Deciding) -> None:
+    run = await shop.charge.trigger(7, idempotency_key="k", delay="1h", tags=["web"])
+    async with server.resources.store.begin() as connection:
+        (row,) = await history.listed(connection, history.RunFilter(tags=("web",)))
+    assert (row["run_id"], row["status"]) == (run.run_id, "delayed")
 
 
 # --- what may be in the way -----------------------------------------------------------------------
