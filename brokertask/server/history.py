@@ -14,7 +14,7 @@ from brokertask.server.store.schema import attempts, known_tasks, runs
 
 MAX_COUNTED: Final = 10_000
 """Counting stops here: an exact number of many costs as much as reading them."""
-_HEAVY: Final = ("payload", "content_type", "place", "asked_place", "noted_ms")
+_HEAVY: Final = ("payload", "content_type", "place", "asked_place", "noted_ms", "done_ms")
 _LISTED: Final = [column for column in runs.c if column.name not in _HEAVY]
 
 

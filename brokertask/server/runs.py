@@ -63,7 +63,9 @@ class Fact:
     asked: Mapping[str, Any] = field(default_factory=dict)
     """The columns that follow the latest trigger."""
     noted: Mapping[str, Any] = field(default_factory=dict)
-    """The columns that follow the latest news of the run about itself."""
+    """The column that follows the latest notes of the run about itself."""
+    done: Mapping[str, Any] = field(default_factory=dict)
+    """The columns that follow what it said last of how far it is."""
     attempt: Mapping[str, Any] | None = None
     """The row of the attempt that ended with it."""
 
@@ -108,9 +110,6 @@ def event_fact(event: Event) -> Fact:
         place = min(redrives, 400) * _REDRIVE + _ENDED + (LAST_INSTANT_MS - event.at_ms)
     else:
         place = _place(redrives, event.attempt, seq, _AT_WORK if news else _LEFT)
-    noted: dict[str, Any] = {"notes": pack(dict(event.metadata))} if event.metadata else {}
-    if event.done is not None:
-        noted |= {"done": event.done, "total": event.total}
     return Fact(
         run_id=event.run_id,
         task=event.task,
@@ -129,7 +128,8 @@ def event_fact(event: Event) -> Fact:
             "due_ms": None if event.delay_ms is None else event.at_ms + event.delay_ms,
             "ended_ms": event.at_ms if ended else None,
         },
-        noted=noted,
+        noted={"notes": pack(dict(event.metadata))} if event.metadata else {},
+        done={} if event.done is None else {"done": event.done, "total": event.total},
         attempt=_attempt(event, redrives) if ended or event.event == RETRYING else None,
     )
 
@@ -151,14 +151,23 @@ async def record(connection: AsyncConnection, facts: Sequence[Fact]) -> None:
         for values in changed:
             mine = runs.c.run_id == values.pop("run_id")
             await connection.execute(update(runs).where(mine).values(values))
-    ended = [fact.attempt for fact in facts if fact.attempt is not None]
-    await put(connection, attempts, ended)
+    await put(connection, attempts, _last_of_each(facts), newer=attempts.c.ended_ms)
     tasks = {fact.task: fact.at_ms for fact in facts}
     await put(
         connection,
         known_tasks,
         [{"task": task, "since_ms": tasks[task]} for task in sorted(tasks)],
     )
+
+
+def _last_of_each(facts: Sequence[Fact]) -> list[Mapping[str, Any]]:
+    """Return the rows of attempts; of one that ended twice, as a doubled run may, the last."""
+    found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for row in (fact.attempt for fact in facts if fact.attempt is not None):
+        key = (row["run_id"], row["redrives"], row["attempt"])
+        if key not in found or row["ended_ms"] > found[key]["ended_ms"]:
+            found[key] = row
+    return [found[key] for key in sorted(found)]
 
 
 def _blank(fact: Fact) -> dict[str, Any]:
@@ -171,6 +180,7 @@ def _blank(fact: Fact) -> dict[str, Any]:
         "place": -1,
         "asked_place": -1,
         "noted_ms": -1,
+        "done_ms": -1,
         "redrives": 0,
         "attempt": 1,
         "at_ms": -1,
@@ -189,6 +199,8 @@ def _fold(row: Row[Any], facts: Sequence[Fact]) -> dict[str, Any] | None:
             known["triggered_ms"] = min(known["triggered_ms"], fact.at_ms)
         if fact.noted and fact.at_ms > known["noted_ms"]:
             known.update(fact.noted, noted_ms=fact.at_ms)
+        if fact.done and fact.at_ms > known["done_ms"]:
+            known.update(fact.done, done_ms=fact.at_ms)
         if (fact.place, fact.at_ms) > (known["place"], known["at_ms"]):
             known.update(fact.latest, place=fact.place, at_ms=fact.at_ms)
     changed = {name: value for name, value in known.items() if value != getattr(row, name)}

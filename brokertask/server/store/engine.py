@@ -37,10 +37,13 @@ class Database:
         self._name = parsed.render_as_string(hide_password=True)
         if self._lite and parsed.database:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        options: dict[str, Any] = {} if self._lite else {"timeout": CONNECT_TIMEOUT}
-        self._engine = create_async_engine(
-            url, connect_args=options, pool_pre_ping=not self._lite, pool_timeout=CONNECT_TIMEOUT
-        )
+        # On SQLite nothing is to be waited for: one transaction at a time has its turn.
+        remote: dict[str, Any] = {
+            "connect_args": {"timeout": CONNECT_TIMEOUT},
+            "pool_pre_ping": True,
+            "pool_timeout": CONNECT_TIMEOUT,
+        }
+        self._engine = create_async_engine(url, **({} if self._lite else remote))
         self._turn = asyncio.Lock()
         if self._lite:
             event.listen(self._engine.sync_engine, "connect", _configure)

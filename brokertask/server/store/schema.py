@@ -28,6 +28,7 @@ runs = Table(
     Column("place", BigInteger, nullable=False),
     Column("asked_place", BigInteger, nullable=False),
     Column("noted_ms", BigInteger, nullable=False),
+    Column("done_ms", BigInteger, nullable=False),
     Column("redrives", Integer, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("at_ms", BigInteger, nullable=False),
