@@ -114,6 +114,10 @@ async def test_a_dead_run_is_redriven_once() -> None:
         ended = (await client.get(f"/runs/{run_id}/result", params={"wait": 60})).json()
         assert (ended["status"], ended["reason"]) == ("failed", "aborted")
         assert (await client.post(f"/runs/{run_id}/redrive", json={})).status_code == 200
+        run = await eventually(client, f"/runs/{run_id}", "completed")
+        assert (run["redrives"], run["error_type"]) == (1, None)
+        ended = (await client.get(f"/runs/{run_id}/result")).json()
+        assert (ended["status"], ended["result"]) == ("completed", 5)
         assert (await client.post(f"/runs/{run_id}/redrive", json={})).status_code == 409
 
 

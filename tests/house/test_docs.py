@@ -24,7 +24,9 @@ import pytest
 import typer.main
 
 from brokertask import App, Settings, Worker
+from brokertask.cli.remote import TOKEN_VARIABLE, URL_VARIABLE
 from brokertask.portal import portal
+from brokertask.server.settings import ServerSettings
 from infra.rabbitmq.installation import VARIABLE as RELEASE_VARIABLE
 from tests.conftest import NODE_VARIABLE
 from tests.house.pages import INDEX, README, ROOT, Block, Page, pages, read
@@ -236,6 +238,8 @@ def test_every_setting_named_exists(page: Page) -> None:
     text = page.path.read_text(encoding="utf-8")
     named = set(re.findall(r"\bBROKERTASK_[A-Z][A-Z_]*\b", text))
     known = {f"BROKERTASK_{name.upper()}" for name in Settings.model_fields}
+    known |= {f"BROKERTASK_SERVER_{name.upper()}" for name in ServerSettings.model_fields}
+    known |= {URL_VARIABLE, TOKEN_VARIABLE}
     assert named <= {*known, *variables(cli()), NODE_VARIABLE, RELEASE_VARIABLE}
 
 

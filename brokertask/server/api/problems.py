@@ -27,7 +27,6 @@ Kind: TypeAlias = Literal[
     "broker_unavailable",
     "store_unavailable",
     "unknown_outcome",
-    "stopping",
 ]
 KINDS: Final[Mapping[Kind, tuple[int, str]]] = {
     "malformed": (400, "The request cannot be read"),
@@ -45,7 +44,6 @@ KINDS: Final[Mapping[Kind, tuple[int, str]]] = {
     "broker_unavailable": (503, "The broker cannot be used now"),
     "store_unavailable": (503, "The store cannot be used now"),
     "unknown_outcome": (503, "Nobody knows whether it was done"),
-    "stopping": (503, "This server is stopping"),
 }
 """Status and title by kind."""
 CONTENT_TYPE: Final = "application/problem+json"

@@ -20,7 +20,7 @@ from brokertask.server.api.problems import Kind, Problem
 from brokertask.server.api.shown import shown_body
 from brokertask.server.api.stream import BEAT, BEATING, EVENT_STREAM, Stopping, Stream, sent
 from brokertask.server.resources import Resources
-from brokertask.server.store.schema import endings
+from brokertask.server.store.schema import endings, runs
 from brokertask.values import MSGPACK, encode
 
 routes: Final = Routes("runs")
@@ -224,9 +224,15 @@ async def _next(heard: Heard, limit: float) -> Event | None:
 
 
 async def _ending(resources: Resources, run_id: str) -> Event | None:
+    """Return the end of a run; None if there is none yet, or it was redriven since."""
+    query = select(endings.c.body, runs.c.status).where(endings.c.run_id == run_id)
     async with resources.store.begin() as connection:
-        body = await connection.scalar(select(endings.c.body).where(endings.c.run_id == run_id))
-    return None if body is None else Event.read(Message(body=body))
+        row = (
+            await connection.execute(query.outerjoin(runs, runs.c.run_id == endings.c.run_id))
+        ).one_or_none()
+    if row is None or row.status not in (None, *ENDS):
+        return None
+    return Event.read(Message(body=row.body))
 
 
 async def _shown(resources: Resources, event: Event) -> Ending:

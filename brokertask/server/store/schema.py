@@ -212,7 +212,7 @@ ticks = Table(
     Column("decided_ms", BigInteger, nullable=False),
 )
 
-# -- api: who may ask, what was asked for, and bulk actions over a frozen selection
+# -- api: who may ask, and what was asked for
 
 api_tokens = Table(
     "api_tokens",
@@ -241,34 +241,6 @@ audit = Table(
     Column("reason", Text),
     Column("status", Integer),
     Index("audit_at", "at_ms", "id"),
-)
-bulks = Table(
-    "bulks",
-    metadata,
-    Column("id", Text, primary_key=True),
-    Column("action", Text, nullable=False),
-    Column("state", Text, nullable=False),
-    Column("filter", Text, nullable=False),
-    Column("reason", Text, nullable=False),
-    Column("actor", Text, nullable=False),
-    Column("rate", Float),
-    Column("total", Integer, nullable=False),
-    Column("created_ms", BigInteger, nullable=False),
-    Column("started_ms", BigInteger),
-    Column("ended_ms", BigInteger),
-    Column("lease", Text),
-    Column("lease_ms", BigInteger),
-    Index("bulks_state", "state"),
-)
-bulk_items = Table(
-    "bulk_items",
-    metadata,
-    Column("bulk_id", Text, primary_key=True),
-    Column("number", Integer, primary_key=True),
-    Column("run_id", Text, nullable=False),
-    Column("task", Text, nullable=False),
-    Column("state", Text, nullable=False),
-    Column("detail", Text),
 )
 
 # -- outbox: messages that follow from what was written with them
