@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
 from brokertask.context import Context
+from brokertask.durations import readable
 from brokertask.envelope import Envelope
 from brokertask.errors import EnvelopeError, Reason
 from brokertask.lease import Lease
+from brokertask.outcome import Failed, Outcome, Retrying
 from brokertask.task import Task
 from brokertask.telemetry import AttemptSpan
 
+log = logging.getLogger("brokertask.worker")
+
 CANCEL_GRACE: Final = 5.0
 """How long a cancelled task may clean up before it is left behind."""
+CALLED_OFF_GRACE: Final = 10.0
+"""The same for a run that was cancelled: nobody waits for anything but its cleaning up."""
 INTERRUPT_GRACE: Final = 3.0
 """The same at the end of a drain; shorter than a worker's time for handing back."""
 Key: TypeAlias = tuple[str, str]
@@ -93,10 +100,27 @@ class Attempt:
         """What every message of the run has in common."""
         return self.task.id, self.envelope.run_id
 
-    def interrupt(self, cause: str = "drain") -> None:
-        """Cancel it because the worker goes away, or its message did; it will not count."""
+    def log(self, outcome: Outcome) -> None:
+        """Say what went wrong, by class: what an error says may hold anything."""
+        run_id, task = self.key[1], self.task.id
+        match outcome:
+            case Retrying(delay=delay, error=error):
+                log.warning(
+                    "attempt %d of %s failed: %s; again in %s; run %s",
+                    *(error.attempt, task, error.type, readable(delay), run_id),
+                )
+            case Failed(reason=reason, error=error):
+                log.error(
+                    "a run of %s is dead (%s): %s; see: brokertask dead show %s --task %s",
+                    *(task, reason, error.type, run_id, task),
+                )
+            case _:
+                log.debug("run %s of %s: %s", run_id, task, type(outcome).__name__.lower())
+
+    def interrupt(self, cause: str = "drain", *, grace: float = INTERRUPT_GRACE) -> None:
+        """Cancel it because the worker goes away, or its message or its run did; uncounted."""
         self.interrupted = True
-        self.cancel(cause, grace=INTERRUPT_GRACE)
+        self.cancel(cause, grace=grace)
 
     def sleep(self, due_ms: int) -> None:
         """Cancel it because it sleeps until then."""

@@ -33,6 +33,7 @@ from brokertask.errors import (
 )
 from brokertask.events import Event
 from brokertask.identity import checked_id, checked_tags, uuid7
+from brokertask.orders import Orders
 from brokertask.run import Run, Session, from_thread, private_queue, running_in
 from brokertask.sessions import Sessions
 from brokertask.settings import Settings
@@ -51,7 +52,7 @@ JOINED_FAN_OUT: Final = 50
 """Larger fan-outs get traces of their own: trace viewers are slow beyond some thousand spans."""
 
 
-class Client:
+class Client(Orders):
     """Triggers runs of any task, by id: a service needs none of the task's code.
 
     Safe to use from several event loops and threads, and after a fork.

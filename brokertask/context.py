@@ -94,8 +94,8 @@ class Context:
     state: Any = None
     """What the app's lifespan yielded: pools, clients, models."""
     cancelled: str | None = None
-    """Why this attempt was cancelled: `timeout`, `drain`, `sleep` or `wait` (it goes on later), or
-    `lost` (another worker has the run); threads should look at it."""
+    """Why this attempt was cancelled: `timeout`, `drain`, `sleep` or `wait` (it goes on later),
+    `lost` (another worker has the run), `cancelled` (the run ends here); threads should look."""
     progressed: tuple[float, float | None] | None = None
     """What `progress` was told last."""
     steps: Steps = field(default_factory=Steps, repr=False)

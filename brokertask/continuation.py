@@ -8,6 +8,7 @@ from typing import assert_never
 from brokertask.deadletter import bury
 from brokertask.envelope import Envelope, Message
 from brokertask.outcome import (
+    Cancelled,
     Early,
     Expired,
     Failed,
@@ -35,7 +36,7 @@ def continuation(
     """
     again = envelope.again(attempt=envelope.attempt, now_ms=now_ms)
     match outcome:
-        case Succeeded() | Expired() | Repeated():
+        case Succeeded() | Expired() | Cancelled() | Repeated():
             return None
         case Retrying(delay=delay, error=error):
             memory = envelope.memory.with_error(error)

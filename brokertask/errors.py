@@ -17,7 +17,7 @@
         InvalidPayload  PayloadTooLarge  MemoryFull  PayloadUnavailable
       EnvelopeError               bytes from the broker that are no run; buried with `reason`
       RunError                    what `Run.result()` raises; carries run id and task
-        RunFailed  RunExpired  ResultTimeout  ResultUnavailable  ChildFailed
+        RunFailed  RunExpired  RunCancelled  ResultTimeout  ResultUnavailable  ChildFailed
       StoreUnavailable            a server's database is gone, or too slow
       Abort, RetryAfter           raised by task authors to steer the retry
 
@@ -228,6 +228,18 @@ class RunFailed(RunError):
 
 class RunExpired(RunError):
     """The run was not started before its `expires`."""
+
+
+class RunCancelled(RunError):
+    """The run was cancelled.
+
+    Attributes:
+        reason: What was given as the reason; may be empty.
+    """
+
+    def __init__(self, message: str, *, run_id: str, task: str, reason: str) -> None:
+        super().__init__(message, run_id=run_id, task=task)
+        self.reason = reason
 
 
 class ResultTimeout(RunError, TimeoutError):

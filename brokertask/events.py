@@ -6,6 +6,7 @@
 | `retrying`  | an attempt failed, another follows  | `error`, `delay_ms`              |
 | `failed`    | the run went to the dead letters    | `error`, `reason`                |
 | `expired`   | the run came too late to start      |                                  |
+| `cancelled` | the run was cancelled               | `reason`                         |
 | `sleeping`  | the task sleeps, its slot is free   | `delay_ms`                       |
 | `waiting`   | the task waits, its slot is free    | `waits`                          |
 | `progress`  | the task tells how far it is        | `done`, `total`                  |
@@ -28,6 +29,7 @@ from brokertask.errors import EnvelopeError
 from brokertask.memory import Metadata
 from brokertask.outcome import (
     AttemptError,
+    Cancelled,
     Expired,
     Failed,
     Outcome,
@@ -42,11 +44,12 @@ COMPLETED: Final = "completed"
 RETRYING: Final = "retrying"
 FAILED: Final = "failed"
 EXPIRED: Final = "expired"
+CANCELLED: Final = "cancelled"
 SLEEPING: Final = "sleeping"
 WAITING: Final = "waiting"
 PROGRESS: Final = "progress"
 WARNING: Final = "warning"
-ENDS: Final = frozenset({COMPLETED, FAILED, EXPIRED})
+ENDS: Final = frozenset({COMPLETED, FAILED, EXPIRED, CANCELLED})
 """After these nothing comes, unless the run is redriven."""
 _TYPES: Final[dict[str, type | tuple[type, ...]]] = {
     "event": str,
@@ -143,6 +146,8 @@ def event_of(outcome: Outcome, envelope: Envelope, *, at_ms: int, worker: str) -
             return event(FAILED, error=error, reason=reason)
         case Expired():
             return event(EXPIRED)
+        case Cancelled(reason=reason):
+            return event(CANCELLED, reason=reason or None)
         case Sleeping(delay=delay):
             return event(SLEEPING, delay_ms=round(delay * 1000))
         case Waiting(on=on):

@@ -13,15 +13,14 @@ import asyncio
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
-from brokertask.attempt import Attempt, Key
+from brokertask.attempt import CALLED_OFF_GRACE, Attempt, Key
 from brokertask.clock import Clock
 from brokertask.continuation import continuation, early_ms, expired
+from brokertask.control import Standing
 from brokertask.deadletter import bury_raw
-from brokertask.durations import readable
 from brokertask.envelope import Envelope, Message, run_id_of
 from brokertask.errors import BrokertaskError, EnvelopeError, PublishError
 from brokertask.events import Event, event_of
@@ -41,6 +40,7 @@ from brokertask.outcome import (
 )
 from brokertask.performer import Performer
 from brokertask.settings import Settings
+from brokertask.slots import Slots
 from brokertask.task import Task
 from brokertask.telemetry import Telemetry
 from brokertask.topology import IN_PLACE_MS, Route
@@ -64,14 +64,16 @@ class Executor:
         self,
         *,
         performer: Performer,
-        concurrency: Mapping[str, int],
+        slots: Slots,
         keeper: Keeper,
         transport: Transport,
         settings: Settings,
         telemetry: Telemetry,
         clock: Clock,
         worker: str,
+        standing: Standing,
     ) -> None:
+        self._standing = standing
         self._performer = performer
         self._keeper = keeper
         self._transport = transport
@@ -80,7 +82,7 @@ class Executor:
         self._telemetry = telemetry
         self._clock = clock
         self._worker = worker
-        self._slots = {task: asyncio.Semaphore(count) for task, count in concurrency.items()}
+        self._slots = slots
         self._running: set[Attempt] = set()
         # Those of them that further messages of their run can join.
         self._attempts: dict[Key, Attempt] = {}
@@ -139,6 +141,12 @@ class Executor:
         for attempt in self._running:
             if attempt.context is not None:
                 attempt.context.steps.drain()
+
+    def call_off(self) -> None:
+        """End every attempt whose run is cancelled."""
+        for attempt in self._running:
+            if not attempt.interrupted and self._standing.cancelled(attempt.envelope):
+                attempt.interrupt("cancelled", grace=CALLED_OFF_GRACE)
 
     def interrupt(self) -> None:
         """Cancel every attempt that still runs; each is handed back, uncounted."""
@@ -224,21 +232,19 @@ class Executor:
             _keep(self._unsettled, attempt.key, (attempt, outcome))
 
     async def _outcome(self, attempt: Attempt) -> Outcome:
-        if (early := early_ms(attempt.envelope, self._clock.now_ms())) > IN_PLACE_MS:
+        off = self._standing.cancelled(attempt.envelope) is not None
+        early = 0 if off else early_ms(attempt.envelope, self._clock.now_ms())
+        if early > IN_PLACE_MS:
             return Early(early / 1000)
         if early > 0:
             await self._clock.sleep(early / 1000)
-        async with self._slots[attempt.task.id]:
+        async with self._slots.one(attempt):
             # A delivery that was taken back while it waited for a slot comes again, to somebody.
             if attempt.superseded:
                 return Repeated()
             if self._interrupting or not attempt.lease.live:
                 return Interrupted()
-            self._telemetry.active(attempt.task.id, 1)
-            try:
-                return await self._attempted(attempt)
-            finally:
-                self._telemetry.active(attempt.task.id, -1)
+            return await self._attempted(attempt)
 
     async def _attempted(self, attempt: Attempt) -> Outcome:
         """Return what an attempt in a slot comes to, with its span."""
@@ -254,7 +260,9 @@ class Executor:
         ) as span:
             attempt.span = span
             outcome: Outcome
-            if expired(envelope, now):
+            if (order := self._standing.cancelled(envelope)) is not None:
+                outcome = await self._performer.call_off(attempt, order.reason)
+            elif expired(envelope, now):
                 outcome = Expired()
             elif envelope.attempt > retry.max_attempts:
                 outcome = await self._performer.give_up(attempt, "crashed", _crashed(envelope))
@@ -264,6 +272,10 @@ class Executor:
                 )
                 outcome = await self._performer.perform(attempt, host, hurry=self._draining)
                 await host.finish()
+                order = self._standing.cancelled(envelope)
+                if order is not None and not isinstance(outcome, Succeeded | Failed | Repeated):
+                    # It goes on nowhere, however it left its code.
+                    outcome = await self._performer.call_off(attempt, order.reason)
             span.end(outcome, at_ms=self._clock.now_ms())
             return outcome
 
@@ -286,7 +298,7 @@ class Executor:
         async with attempt.lease.moving:
             if attempt.ended_ms is None:
                 attempt.ended_ms = self._clock.now_ms()
-                _log(attempt, outcome)
+                attempt.log(outcome)
             now = attempt.ended_ms
             if not attempt.followed:
                 if not await self._publish_surely(attempt, outcome):
@@ -371,24 +383,6 @@ def _keep(kept: OrderedDict[Key, T], key: Key, value: T) -> None:
     kept[key] = value
     if len(kept) > KEPT:
         kept.popitem(last=False)
-
-
-def _log(attempt: Attempt, outcome: Outcome) -> None:
-    """Say what went wrong, by class: what an error says may hold anything."""
-    run_id, task = attempt.envelope.run_id, attempt.task.id
-    match outcome:
-        case Retrying(delay=delay, error=error):
-            log.warning(
-                "attempt %d of %s failed: %s; again in %s; run %s",
-                *(error.attempt, task, error.type, readable(delay), run_id),
-            )
-        case Failed(reason=reason, error=error):
-            log.error(
-                "a run of %s is dead (%s): %s; see: brokertask dead show %s --task %s",
-                *(task, reason, error.type, run_id, task),
-            )
-        case _:
-            log.debug("run %s of %s: %s", run_id, task, type(outcome).__name__.lower())
 
 
 def _crashed(envelope: Envelope) -> Exception:

@@ -4,6 +4,7 @@
 | -------------- | ----------------------------------------------------------------------- |
 | Succeeded      | event, ack                                                              |
 | Expired        | event, ack                                                              |
+| Cancelled      | event, ack                                                              |
 | Retrying       | publish the next attempt to the delay ladder, confirmed; event, ack     |
 | Early          | publish the message to the delay ladder, confirmed; ack                 |
 | Sleeping       | publish the run, as far as it is, to the ladder, confirmed; event, ack  |
@@ -69,6 +70,13 @@ class Expired:
 
 
 @dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The run was cancelled before it came to another end."""
+
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Retrying:
     """The attempt failed and another follows after `delay` seconds."""
 
@@ -119,5 +127,14 @@ class Repeated:
 
 
 Outcome: TypeAlias = (
-    Succeeded | Expired | Retrying | Early | Sleeping | Waiting | Failed | Interrupted | Repeated
+    Succeeded
+    | Expired
+    | Cancelled
+    | Retrying
+    | Early
+    | Sleeping
+    | Waiting
+    | Failed
+    | Interrupted
+    | Repeated
 )

@@ -37,6 +37,7 @@ from brokertask.errors import (
 from brokertask.host import AttemptHost
 from brokertask.outcome import (
     AttemptError,
+    Cancelled,
     Failed,
     Interrupted,
     Outcome,
@@ -158,15 +159,26 @@ class Performer:
 
     async def give_up(self, attempt: Attempt, reason: Reason, error: BaseException) -> Failed:
         """Return the end of a run that gets no further attempt, after its failure hooks."""
+        record = self.record(attempt, error)
+        await self._call_last(attempt, attempt.task.failure_hooks, error)
+        return Failed(reason, record)
+
+    async def call_off(self, attempt: Attempt, reason: str) -> Cancelled:
+        """Return the end of a run that was cancelled, begun or not, after its hooks."""
+        await self._call_last(attempt, attempt.task.cancel_hooks, reason)
+        return Cancelled(reason)
+
+    async def _call_last(
+        self, attempt: Attempt, hooks: Sequence[Callable[..., Any]], value: object
+    ) -> None:
+        """Call the hooks of a run that ends, even if its code has not begun here."""
         if attempt.context is None:
             attempt.context = self._context(attempt, None)
-            if attempt.task.failure_hooks:
+            if hooks:
                 with suppress(BrokertaskError, TimeoutError):
                     async with asyncio.timeout(HOOK_TIMEOUT):
                         attempt.context.payload = await _payload(attempt.task, attempt.envelope)
-        record = self.record(attempt, error)
-        await self._call_hooks(attempt, attempt.task.failure_hooks, error)
-        return Failed(reason, record)
+        await self._call_hooks(attempt, hooks, value)
 
     async def _whole(
         self, task: Task[Any, Any], context: Context, envelope: Envelope

@@ -29,11 +29,12 @@ from brokertask.errors import (
     PublishUnknown,
     ResultTimeout,
     ResultUnavailable,
+    RunCancelled,
     RunError,
     RunExpired,
     RunFailed,
 )
-from brokertask.events import COMPLETED, EXPIRED, FAILED, Event
+from brokertask.events import CANCELLED, COMPLETED, ENDS, EXPIRED, Event
 from brokertask.portal import portal
 from brokertask.settings import Settings
 from brokertask.topology import Binding, Queue, Route
@@ -104,6 +105,7 @@ class Run(Generic[R]):
         Raises:
             RunFailed: The run is in the dead-letter queue; `reason` and `error` say why.
             RunExpired: It was not started in time.
+            RunCancelled: It was cancelled.
             ResultTimeout: Nothing was heard in time, and the run goes on; or the payload store was
                 too slow. Ask again.
             ResultUnavailable: This client does not listen for results, expects another type, or
@@ -173,6 +175,14 @@ class Run(Generic[R]):
                 run_id=self.run_id,
                 task=self.task,
             )
+        if event.event == CANCELLED:
+            why = f": {event.reason}" if event.reason else ""
+            return RunCancelled(
+                f"run {self.run_id} of {self.task!r} was cancelled{why}",
+                run_id=self.run_id,
+                task=self.task,
+                reason=event.reason or "",
+            )
         error = event.error
         return RunFailed(
             f"run {self.run_id} of {self.task!r} is in the dead-letter queue ({event.reason})"
@@ -209,7 +219,7 @@ class Hearing:
         if self.ended.is_set():
             return
         self.heard.append(event)
-        if event.event in (COMPLETED, FAILED, EXPIRED):
+        if event.event in ENDS:
             self.ended.set()
         for watcher in self._watchers:
             _tell(watcher, event)

@@ -112,6 +112,7 @@ class Task(Generic[P, R]):
         self.schedule_plain = self._schedule_plain(takes_tick=signature.takes_tick)
         self.success_hooks: list[Callable[[Context, R], Awaitable[None]]] = []
         self.failure_hooks: list[Callable[[Context, BaseException], Awaitable[None]]] = []
+        self.cancel_hooks: list[Callable[[Context, str], Awaitable[None]]] = []
         self.__doc__ = function.__doc__
         # As a step it is known by its function's name and types.
         self.__wrapped__ = function
@@ -214,6 +215,13 @@ class Task(Generic[P, R]):
     ) -> Callable[[Context, BaseException], Awaitable[None]]:
         """Call `hook(context, error)` when a run has no attempts left, before it is buried."""
         self.failure_hooks.append(check_async(hook, "a hook"))
+        return hook
+
+    def on_cancel(
+        self, hook: Callable[[Context, str], Awaitable[None]]
+    ) -> Callable[[Context, str], Awaitable[None]]:
+        """Call `hook(context, reason)` when a run ends cancelled, begun or not."""
+        self.cancel_hooks.append(check_async(hook, "a hook"))
         return hook
 
     @property

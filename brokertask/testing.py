@@ -31,6 +31,7 @@ from brokertask.durations import Duration, readable, seconds
 from brokertask.envelope import Message
 from brokertask.errors import BrokertaskError, ConfigurationError
 from brokertask.events import (
+    CANCELLED,
     COMPLETED,
     EXPIRED,
     FAILED,
@@ -50,7 +51,7 @@ from brokertask.values import MSGPACK, decode
 __all__ = ["DrainTimeout", "Harness", "RunRecord"]
 
 Status: TypeAlias = Literal[
-    "running", "retrying", "sleeping", "waiting", "completed", "failed", "expired"
+    "running", "retrying", "sleeping", "waiting", "completed", "failed", "expired", "cancelled"
 ]
 _STATUS: Final[Mapping[str, Status]] = {
     PROGRESS: "running",
@@ -61,6 +62,7 @@ _STATUS: Final[Mapping[str, Status]] = {
     COMPLETED: "completed",
     FAILED: "failed",
     EXPIRED: "expired",
+    CANCELLED: "cancelled",
 }
 _TURNS: Final = 5
 """Turns of the event loop in which everything that is ready to happen has happened."""

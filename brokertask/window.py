@@ -9,32 +9,48 @@ the free slots before that ack, and as long as moved runs go on.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from brokertask.transport.base import Consumer
 
 
 class Window:
-    """The consumers of one task, and what they may still bring."""
+    """The consumers of one task, and what they may still bring.
+
+    Attributes:
+        slots: How many runs there may be at a time.
+    """
 
     def __init__(self, slots: int) -> None:
-        self._slots = slots
+        self.slots = slots
         self._taken = 0
         self._expected = 0
-        self._consumers: list[Consumer] = []
+        self._consumers: Sequence[Consumer] = ()
         self._limited = False
         self._stale = False
         self._adjusting = asyncio.Lock()
         self._raising: asyncio.Task[None] | None = None
 
-    def add(self, consumer: Consumer) -> None:
-        """Count on a consumer with a prefetch of as many as there are slots."""
-        self._consumers.append(consumer)
+    @property
+    def idle(self) -> bool:
+        """Whether no run is in hands."""
+        return self._taken == 0
+
+    def read_by(self, consumers: Sequence[Consumer]) -> None:
+        """Count on these from now on, each with a prefetch of as many as there are slots."""
+        self._consumers = consumers
+        self._later()
 
     def take(self) -> None:
         """Count a run that came."""
         self._taken += 1
+
+    def occupy(self) -> None:
+        """Count code that has lost its run, and keeps its slot all the same."""
+        self._taken += 1
+        self._limited = True
+        self._later()
 
     def give_back(self) -> None:
         """Count a run as over."""
@@ -73,7 +89,7 @@ class Window:
     async def _adjust(self) -> None:
         async with self._adjusting:
             self._stale = False
-            free = max(0, self._slots - self._taken + self._expected)
+            free = max(0, self.slots - self._taken + self._expected)
             # With nothing in hands, prefetch = slots is exact again, until the next run moves.
             self._limited = self._taken > 0
             for consumer in self._consumers:

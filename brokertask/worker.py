@@ -14,21 +14,24 @@ import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from functools import partial
 from types import TracebackType
 from typing import Any, Final
 
 from brokertask.clock import Clock
+from brokertask.control import Entry
 from brokertask.executor import Executor
 from brokertask.inflight import Inflight
+from brokertask.intake import Intake
 from brokertask.keeper import Keeper
 from brokertask.manifest import MANIFEST, Manifest, tell
 from brokertask.performer import Performer
 from brokertask.settings import Settings
+from brokertask.slots import Slots
+from brokertask.steering import Steering
 from brokertask.task import Middleware, Task
 from brokertask.telemetry import Telemetry
 from brokertask.topology import Topology
-from brokertask.transport.base import Consumer, Delivery, Transport
+from brokertask.transport.base import Delivery, Transport
 from brokertask.typed import schema_of
 from brokertask.window import Window
 
@@ -70,14 +73,26 @@ class Worker:
         self._transport: Transport | None = None
         self._executor: Executor | None = None
         self._inflight: Inflight | None = None
-        self._consumers: list[Consumer] = []
         self._windows = {task: Window(count) for task, count in self.concurrency.items()}
+        self._steering = Steering(worker=self.name, settings=settings, clock=clock, obey=self._obey)
+        self._intake = Intake(
+            self.tasks,
+            self._windows,
+            names=settings.names,
+            to_pause=self._steering.standing.paused,
+            receive=self._receive,
+        )
         self._executions: dict[asyncio.Task[None], Window] = {}
 
     @property
     def ready(self) -> bool:
         """Whether it is connected and the broker delivers to each of its consumers."""
-        return bool(self._consumers) and self._transport is not None and self._transport.connected
+        return self._intake.begun and self._transport is not None and self._transport.connected
+
+    @property
+    def paused(self) -> frozenset[str]:
+        """The tasks that it begins no runs of, as they are paused."""
+        return self._intake.paused
 
     @property
     def busy(self) -> int:
@@ -121,8 +136,9 @@ class Worker:
             self._executor = self._make_executor(transport, inflight, state)
             keeping = asyncio.create_task(self._executor.keep())
             self._resources.callback(keeping.cancel)
-            for task in self.tasks:
-                await self._consume(transport, task)
+            self._resources.push_async_callback(self._steering.stop)
+            await self._steering.start(transport)
+            await self._intake.start(transport)
             telling = asyncio.create_task(self._tell(transport))
             self._resources.callback(telling.cancel)
         except BaseException:
@@ -138,12 +154,8 @@ class Worker:
         given up to the broker, which then counts it as a lost delivery.
         """
         grace = self._settings.grace if grace is None else grace
-        consumers, self._consumers = self._consumers, []
         try:
-            stops = (consumer.stop() for consumer in consumers)
-            for problem in await asyncio.gather(*stops, return_exceptions=True):
-                if isinstance(problem, Exception):
-                    log.error("a consumer does not stop in order", exc_info=problem)
+            await self._intake.stop()
             await self._drain(grace)
         finally:
             await self._resources.aclose()
@@ -216,29 +228,22 @@ class Worker:
         )
         return Executor(
             performer=performer,
-            concurrency=self.concurrency,
+            slots=Slots(self.concurrency, self._windows, self._telemetry),
             keeper=keeper,
             transport=transport,
             settings=self._settings,
             telemetry=self._telemetry,
             clock=self._clock,
             worker=self.name,
+            standing=self._steering.standing,
         )
 
-    async def _consume(self, transport: Transport, task: Task[Any, Any]) -> None:
-        names, window = self._settings.names, self._windows[task.id]
-        queues = [names.queue(task.id)]
-        if task.options.queue.max_length is not None:
-            # Both queues feed the same slots; between them up to twice the prefetch is held.
-            queues.append(names.intake(task.id))
-        receive = partial(self._receive, task)
-        for queue in queues:
-            slots = self.concurrency[task.id]
-            consumer = await transport.consume(
-                queue, receive, prefetch=slots, limited=task.checkpoints
-            )
-            window.add(consumer)
-            self._consumers.append(consumer)
+    def _obey(self, entry: Entry) -> None:
+        """Do what an entry of the control log says, as far as it is not done by itself."""
+        if entry.kind == "cancel" and self._executor is not None:
+            self._executor.call_off()
+        elif entry.kind in ("pause", "resume"):
+            self._intake.change(entry.subject)
 
     def _receive(self, task: Task[Any, Any], delivery: Delivery) -> None:
         assert self._executor is not None

@@ -19,7 +19,7 @@ from brokertask.cli.worker import UNMENDABLE, Processes, on_stop_signals, tasks_
 from brokertask.durations import readable
 from brokertask.envelope import Message
 from brokertask.errors import ConfigurationError, EnvelopeError
-from brokertask.events import COMPLETED, EXPIRED, FAILED, RETRYING, SLEEPING, Event
+from brokertask.events import CANCELLED, COMPLETED, EXPIRED, FAILED, RETRYING, SLEEPING, Event
 from brokertask.settings import DEV_SOCKET, Settings, mask
 from brokertask.supervisor import Report, Supervisor
 from brokertask.topology import Binding, Queue
@@ -31,6 +31,7 @@ MARKS: Final = {
     RETRYING: "[yellow]↻[/]",
     FAILED: "[red]✗[/]",
     EXPIRED: "[red]✗[/]",
+    CANCELLED: "[yellow]✗[/]",
 }
 SHORT_ID: Final = 8
 """Of a run's id, from its end: it begins with the time, which neighbours share."""
@@ -219,6 +220,8 @@ def show_event(message: Message) -> None:
         parts.append(f"dead-lettered ({event.reason})")
     if event.event == EXPIRED:
         parts.append("expired before it was started")
+    if event.event == CANCELLED:
+        parts.append(f"cancelled: {event.reason}" if event.reason else "cancelled")
     say(MARKS.get(event.event, "·"), "  ".join(parts))
 
 

@@ -16,7 +16,14 @@ from brokertask.cli.broker import AnyApp, app_or_stand_in, exported, known_task,
 from brokertask.cli.console import Exit, printable
 from brokertask.cli.worker import parse_duration
 from brokertask.durations import readable
-from brokertask.errors import BrokertaskError, PublishError, RunError, RunExpired, RunFailed
+from brokertask.errors import (
+    BrokertaskError,
+    PublishError,
+    RunCancelled,
+    RunError,
+    RunExpired,
+    RunFailed,
+)
 from brokertask.events import Event
 from brokertask.run import Run
 from brokertask.trigger import TriggerOptions
@@ -227,7 +234,7 @@ async def _trigger(
             run.watch(printer.hear)
         try:
             printer.completed(asked.dump(await run.result(timeout=limit)))
-        except (RunFailed, RunExpired) as error:
+        except (RunFailed, RunExpired, RunCancelled) as error:
             printer.failed(error)
             return Exit.FAILED
         return Exit.OK

@@ -11,6 +11,7 @@ from opentelemetry.trace import Tracer
 
 from brokertask.envelope import Envelope
 from brokertask.outcome import (
+    Cancelled,
     Early,
     Expired,
     Failed,
@@ -182,6 +183,8 @@ def _words(outcome: Outcome) -> tuple[str, str | None]:
             return "success", keys.COMPLETED
         case Expired():
             return "expired", keys.EXPIRED
+        case Cancelled():
+            return "cancelled", keys.CANCELLED
         case Retrying():
             return "retry", None
         case Failed():
