@@ -67,6 +67,8 @@ CODES: Final[Mapping[type[BaseException], tuple[str, Exit]]] = {
     errors.PublishError: ("BT-200", Exit.BROKER),
     errors.StoreUnavailable: ("BT-501", Exit.STORE),
     remote.ServerUnavailable: ("BT-502", Exit.BROKER),
+    remote.Denied: ("BT-503", Exit.DENIED),
+    remote.Impossible: ("BT-503", Exit.CONFLICT),
     remote.Refused: ("BT-503", Exit.FAILED),
     errors.PayloadUnavailable: ("BT-302", Exit.BROKER),
     errors.PayloadError: ("BT-301", Exit.USAGE),

@@ -36,6 +36,22 @@ class Refused(BrokertaskError):
         self.status = status
 
 
+class Denied(Refused):
+    """It takes a token, or more rights than this one has."""
+
+
+class Impossible(Refused):
+    """There is no such thing, or it cannot be done to what is there."""
+
+
+_KINDS: Final[Mapping[int, type[Refused]]] = {
+    401: Denied,
+    403: Denied,
+    404: Impossible,
+    409: Impossible,
+}
+
+
 class Remote:
     """The API of one server; each request has a connection of its own."""
 
@@ -149,4 +165,4 @@ def _refused(response: http.client.HTTPResponse) -> Refused:
         told = f"{problem['title']}: {problem['detail']}"
     except (ValueError, KeyError, TypeError):
         told = f"{response.status} {response.reason}"
-    return Refused(told, status=response.status)
+    return _KINDS.get(response.status, Refused)(told, status=response.status)

@@ -16,14 +16,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from brokertask.envelope import Envelope
 from brokertask.events import (
-    COMPLETED,
     ENDS,
-    EXPIRED,
-    FAILED,
     PROGRESS,
     RETRYING,
-    SLEEPING,
-    WAITING,
     WARNING,
     Event,
 )
@@ -36,10 +31,6 @@ from brokertask.values import LAST_INSTANT_MS, pack
 QUEUED: Final = "queued"
 DELAYED: Final = "delayed"
 RUNNING: Final = "running"
-STATUSES: Final = (
-    *(QUEUED, DELAYED, RUNNING, RETRYING, SLEEPING, WAITING),
-    *(COMPLETED, FAILED, EXPIRED),
-)
 TAG: Final = "\x1f"
 """Around each tag in a row; no tag holds it, as it cannot be printed."""
 _REDRIVE: Final = 2 * 10**16

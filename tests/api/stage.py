@@ -53,12 +53,16 @@ class Stage:
 
 @asynccontextmanager
 async def stage(
-    app: App | None = None, *, open_here: bool = True, rate: float = 1_000_000
+    app: App | None = None,
+    *,
+    open_here: bool = True,
+    rate: float = 1_000_000,
+    store_url: str | None = None,
 ) -> AsyncIterator[Stage]:
     owner = app or App("shop", settings=Settings(amqp_url="memory:"))
     with tempfile.TemporaryDirectory() as folder:
         settings = ServerSettings(
-            store_url=f"sqlite+aiosqlite:///{folder}/store.db", bind="127.0.0.1:0"
+            store_url=store_url or f"sqlite+aiosqlite:///{folder}/store.db", bind="127.0.0.1:0"
         )
         server = Server(owner.settings, settings, owner.connect())
         running = asyncio.create_task(server.run())

@@ -234,7 +234,7 @@ async def test_wrong_methods_and_paths_are_problems(staged: Stage) -> None:
     async with staged.client() as client:
         refused = await client.delete("/me")
         problem(refused, 405, "method_not_allowed")
-        assert refused.headers["allow"] == "GET, HEAD"
+        assert set(refused.headers["allow"].split(", ")) == {"GET", "HEAD"}
         problem(await client.get("/nothing"), 404, "not_found")
 
 

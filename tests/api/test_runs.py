@@ -31,6 +31,10 @@ def shop() -> App:
     async def approve(amount: int, ctx: Context) -> Any:
         return await ctx.wait_for(ctx.token("approval"))
 
+    @app.task()
+    async def endless() -> None:
+        await asyncio.Event().wait()
+
     @app.task(retry=Retry(max_attempts=2, min_delay=0.01))
     async def flaky(order: dict[str, Any], ctx: Context) -> int:
         if ctx.attempt == 1:
@@ -187,21 +191,51 @@ async def test_lists_are_filtered_counted_and_paged() -> None:
         assert rest["next"] is None
         counts = (await client.get("/counts", params={"tag": "n1"})).json()
         assert counts == {"total": 3, "by_status": {"completed": 3}, "capped": False}
-        await told(client, 4)
+        await told(client, 5)
         failed = (await client.get("/runs", params={"error": "NOT TODAY"})).json()["items"]
         assert [run["run_id"] for run in failed] == [dead]
         assert (await client.get("/runs", params={"error": "%"})).json()["items"] == []
         assert (await client.get("/runs", params={"status": "done"})).status_code == 422
         tasks = [each["task"] for each in (await client.get("/tasks")).json()]
-        assert tasks == ["approve", "double", "flaky", "mended"]
+        assert tasks == ["approve", "double", "endless", "flaky", "mended"]
         queues = {each["queue"]: each for each in (await client.get("/queues")).json()}
         assert queues["bt.dead.mended"]["ready"] == 1
         assert queues["bt.q.double"]["consumers"] >= 1
 
 
+async def test_running_and_delayed_runs_are_cancelled() -> None:
+    async with working() as (_, client):
+        for task, body in (
+            ("endless", {}),
+            ("approve", {"payload": 1}),
+            ("double", {"payload": 1, "delay": 1.0}),
+        ):
+            run_id = (await client.post(f"/tasks/{task}/runs", json=body)).json()["run_id"]
+            if task == "approve":
+                await eventually(client, f"/runs/{run_id}", "waiting")
+            said = await client.post(f"/runs/{run_id}/cancel", json={"reason": "no more"})
+            assert said.status_code == 202
+            await eventually(client, f"/runs/{run_id}", "cancelled")
+            again = await client.post(f"/runs/{run_id}/cancel", json={})
+            assert again.status_code == 409
+
+
+async def test_a_task_is_paused_and_resumed() -> None:
+    async with working() as (_, client):
+        assert (await client.post("/tasks/double/pause", json={})).status_code == 202
+        # A run of another task that comes after it: by then its worker has read the pause.
+        other = (await client.post("/tasks/mended/runs", json={"payload": 1})).json()["run_id"]
+        await eventually(client, f"/runs/{other}", "failed")
+        run_id = (await client.post("/tasks/double/runs", json={"payload": 2})).json()["run_id"]
+        waited = await client.get(f"/runs/{run_id}/result", params={"wait": 0.3})
+        assert waited.status_code == 404
+        await client.post("/tasks/double/resume", json={})
+        await eventually(client, f"/runs/{run_id}", "completed")
+
+
 async def test_a_payload_is_checked_by_what_workers_say_the_task_takes() -> None:
     async with working() as (_, client):
-        await told(client, 4)
+        await told(client, 5)
         described = (await client.get("/tasks/double")).json()
         assert described["payload_schema"] == {"type": "integer"}
         assert described["result_schema"] == {"type": "integer"}

@@ -13,7 +13,16 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from brokertask.server.api import results, runs, schedules, system, tasks, triggers, waits
+from brokertask.server.api import (
+    control,
+    results,
+    runs,
+    schedules,
+    system,
+    tasks,
+    triggers,
+    waits,
+)
 from brokertask.server.api.gate import Gate
 from brokertask.server.api.guard import Guard, Rates
 from brokertask.server.api.hub import Hub
@@ -25,7 +34,7 @@ from brokertask.server.resources import Resources
 
 OPERATIONS: Final[tuple[Operation, ...]] = tuple(
     operation
-    for module in (triggers, runs, results, tasks, waits, schedules, system)
+    for module in (triggers, runs, results, control, tasks, waits, schedules, system)
     for operation in module.routes.operations
 )
 """Every operation, in the order of the document."""

@@ -30,6 +30,7 @@ Status: TypeAlias = Literal[
     "completed",
     "failed",
     "expired",
+    "cancelled",
 ]
 
 
