@@ -14,7 +14,7 @@ The body is a msgpack map. Entries of a kind that is not known here are passed o
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 from brokertask.envelope import Envelope, Message
@@ -37,14 +37,17 @@ class Entry:
     at_ms: int
     reason: str = ""
     children: bool = False
+    again: bool = False
+    """A pause that a server repeats, so that the log does not forget it."""
 
     def message(self) -> Message:
         """Return it as the message to publish."""
         body: dict[str, Any] = {"subject": self.subject, "at_ms": self.at_ms}
         if self.reason:
             body["reason"] = clip(self.reason, MAX_REASON)
-        if self.children:
-            body["children"] = True
+        for name in ("children", "again"):
+            if getattr(self, name):
+                body[name] = True
         return Message(
             body=pack(body), type=self.kind, content_type=MSGPACK, timestamp_ms=self.at_ms
         )
@@ -66,6 +69,7 @@ class Entry:
                     at_ms=at_ms,
                     reason=str(raw.get("reason", "")),
                     children=raw.get("children") is True,
+                    again=raw.get("again") is True,
                 )
         raise EnvelopeError("not an entry of the control log", reason="undecodable")
 
@@ -79,18 +83,25 @@ class Standing:
         self.recording = False
         """Whether there are servers that keep history."""
         self._cancelled: OrderedDict[str, Entry] = OrderedDict()
+        self._resumed_ms: dict[str, int] = {}
 
     def apply(self, entry: Entry) -> None:
         """Let an entry hold from now on; the same again changes nothing."""
         match entry.kind:
             case "cancel":
-                self._cancelled.setdefault(entry.subject, entry)
+                known = self._cancelled.setdefault(entry.subject, entry)
+                if entry.children and not known.children:
+                    self._cancelled[entry.subject] = replace(known, children=True)
                 if len(self._cancelled) > MAX_CANCELLED:
                     self._cancelled.popitem(last=False)
             case "pause":
-                self.paused.add(entry.subject)
+                # A server may repeat it in the moment in which somebody lifts it.
+                lifted_ms = self._resumed_ms.get(entry.subject)
+                if not entry.again or lifted_ms is None or lifted_ms < entry.at_ms:
+                    self.paused.add(entry.subject)
             case "resume":
                 self.paused.discard(entry.subject)
+                self._resumed_ms[entry.subject] = entry.at_ms
             case "recording":
                 self.recording = True
             case "hello":

@@ -23,24 +23,24 @@ class Orders:
     _now_ms: Callable[[], int]
     _session: Callable[[], Awaitable[Session]]
 
-    async def cancel(self, run_id: str, *, reason: str = "", children: bool = True) -> None:
+    async def cancel(self, run_id: str, *, reason: str = "", children: bool = False) -> None:
         """Have a run end, wherever it is: queued, delayed, asleep or running.
 
-        Nothing happens to one that has ended. A run that waits in a server ends when its wait does;
-        a server's API ends it at once. Cost: one confirmed publish.
+        Nothing happens to one that has ended, unless it is redriven within the seven days that the
+        log is kept: then it ends again. Cost: one confirmed publish.
 
         Args:
             run_id: Its id.
             reason: Why; up to 500 characters, told in its event and to its hooks.
-            children: With the runs that it has triggered; and if it was itself triggered by none,
-                with all that those have triggered.
+            children: With the runs that it has triggered. If it was triggered by none itself, or
+                where there is a server, with those that these have triggered, and so on.
 
         Raises:
             PublishError: The order was not taken, or (`unknown`) perhaps was; give it again.
         """
         await self._order("cancel", checked_id(run_id), reason, children=children)
 
-    def cancel_sync(self, run_id: str, *, reason: str = "", children: bool = True) -> None:
+    def cancel_sync(self, run_id: str, *, reason: str = "", children: bool = False) -> None:
         """Do what `cancel` does, from a thread without an event loop."""
         from_thread(
             lambda: self.cancel(run_id, reason=reason, children=children),

@@ -45,10 +45,11 @@ class Steering:
             self._follower = await transport.follow(log_name, self._read)
             await self._greet(transport)
         except (ConfigurationError, AccessDenied) as error:
-            log.warning("this worker hears of no cancelled run and of no paused task: %s", error)
+            log.warning("%s hears of no cancelled run and no paused task: %s", self._worker, error)
         except (PublishError, TimeoutError) as error:
             log.warning(
-                "this worker begins, and may not know yet of what is cancelled or paused: %s",
+                "%s begins, and may not know yet what is cancelled or paused: %s",
+                self._worker,
                 str(error) or f"{log_name} was not read within {CAUGHT_UP:g} s",
             )
 

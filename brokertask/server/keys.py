@@ -16,13 +16,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from brokertask.admission import Admission
 from brokertask.envelope import Envelope, Message
-from brokertask.events import EXPIRED, FAILED, Event
+from brokertask.events import CANCELLED, EXPIRED, FAILED, Event
 from brokertask.server.messages import pack_message, unpack_message
 from brokertask.server.store.schema import endings, keys
 from brokertask.server.store.upsert import put_new
 from brokertask.values import kind_of
 
-ENDED_BADLY: Final = (FAILED, EXPIRED)
+ENDED_BADLY: Final = (FAILED, EXPIRED, CANCELLED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from brokertask.envelope import Message, derived_id
 from brokertask.errors import EnvelopeError
-from brokertask.events import COMPLETED, Event
+from brokertask.events import CANCELLED, COMPLETED, Event
 from brokertask.server.store.schema import endings, signals, tokens
 from brokertask.server.store.upsert import put
 from brokertask.values import MSGPACK, decode, kind_of, pack
@@ -146,7 +146,7 @@ def _ended(row: Any) -> Got:
         Failing(
             row.run_id,
             row.task,
-            event.reason or event.event,
+            event.event if event.event == CANCELLED else event.reason or event.event,
             error.type if error else "",
             error.message if error else "",
         ),

@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from brokertask.envelope import Envelope
 from brokertask.memory import Memory
+from brokertask.server import cancels
 from brokertask.server.outcomes import Outcomes, parts
 from brokertask.server.store.schema import (
     conditions,
@@ -199,8 +200,9 @@ async def look(connection: AsyncConnection, run_ids: Iterable[str], *, now_ms: i
             (one for items in found.values() for _, _, asked in items for one in asked),
             since_ms=since_ms,
         )
+        off = await cancels.among(connection, part)
         for ident, run in runs.items():
-            _judge(result, run, found.get(ident, []), known, now_ms)
+            _judge(result, run, found.get(ident, []), known, now_ms, off=run.run_id in off)
     return result
 
 
@@ -235,6 +237,8 @@ def _judge(
     items: Sequence[tuple[Row[Any], Wait, list[Condition]]],
     known: Outcomes,
     now_ms: int,
+    *,
+    off: bool,
 ) -> None:
     over: dict[str, Wait] = {}
     late: set[str] = set()
@@ -255,7 +259,8 @@ def _judge(
             late |= _late(put_off, got, now_ms)
         elif due_ms != row.due_ms:
             result.next_ms[row.run_id, row.redrives, row.key] = due_ms
-    if over or (run.wake_ms is not None and run.wake_ms <= now_ms):
+    # Where it is cancelled, a worker will see that before it goes on.
+    if over or off or (run.wake_ms is not None and run.wake_ms <= now_ms):
         result.ready.append(
             Ready((run.run_id, run.redrives), run.seq, run.message, over, frozenset(late))
         )

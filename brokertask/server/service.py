@@ -14,6 +14,7 @@ from brokertask.errors import AccessDenied, BrokertaskError, ConfigurationError
 from brokertask.server.admission import Admissions
 from brokertask.server.api.site import Address, Site
 from brokertask.server.asks import Asks
+from brokertask.server.control import Control
 from brokertask.server.outbox import Outbox
 from brokertask.server.recorder import Recorder
 from brokertask.server.resources import Resources
@@ -115,6 +116,7 @@ class Server:
             "admissions": Admissions(resources),
             "schedules": Schedules(resources),
             "recorder": Recorder(resources, waits, asks),
+            "control": Control(resources, waits),
             "api": self.site,
         }
 

@@ -12,7 +12,7 @@ from brokertask.deadletter import bury_raw
 from brokertask.envelope import Envelope, Message
 from brokertask.errors import EnvelopeError, PayloadError
 from brokertask.outcome import AttemptError, Failed
-from brokertask.server import parking, tokens
+from brokertask.server import cancels, parking, tokens
 from brokertask.server.batches import Batches
 from brokertask.server.messages import pack_message, unpack_message
 from brokertask.server.outcomes import parts
@@ -113,6 +113,7 @@ class Waits:
         ]
         async with self._resources.store.begin() as connection:
             run_ids = await parking.park(connection, arrivals, now_ms=now_ms)
+            await cancels.inherit(connection, [arrival.envelope for arrival in arrivals])
         await self.look(run_ids)
         self._sooner.set()
         for delivery in deliveries:

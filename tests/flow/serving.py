@@ -13,7 +13,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from brokertask import App
-from brokertask.events import COMPLETED, EXPIRED, FAILED, Event
+from brokertask.events import ENDS, Event
 from brokertask.server import outcomes
 from brokertask.server.asks import Asks
 from brokertask.server.batches import Batches
@@ -107,7 +107,7 @@ class Serving:
                 now_ms = resources.clock.now_ms()
                 ends, signals = [], []
                 for one in deliveries:
-                    if one.message.type in (COMPLETED, FAILED, EXPIRED):
+                    if one.message.type in ENDS:
                         ends.append(outcomes.ending_of(Event.read(one.message)))
                     elif one.message.type is None:
                         signals.append(outcomes.signal_of(one.message, one.key, at_ms=now_ms))

@@ -162,6 +162,25 @@ asks = Table(
     Column("since_ms", BigInteger, nullable=False),
 )
 
+# -- control: what was said to all workers, as long as it holds
+
+cancels = Table(
+    "cancels",
+    metadata,
+    Column("run_id", Text, primary_key=True),
+    Column("reason", Text, nullable=False),
+    Column("children", Boolean, nullable=False),
+    Column("at_ms", BigInteger, nullable=False),
+    Index("cancels_at", "at_ms"),
+)
+pauses = Table(
+    "pauses",
+    metadata,
+    Column("task", Text, primary_key=True),
+    Column("at_ms", BigInteger, nullable=False),
+    Column("reason", Text, nullable=False),
+)
+
 # -- admission: the keys of triggers that a server decides on
 
 keys = Table(
