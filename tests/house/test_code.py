@@ -18,6 +18,7 @@ import pytest
 import brokertask
 from brokertask import Settings, errors
 from brokertask.cli.console import code_of
+from brokertask.server.settings import ServerSettings
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 MODULES: Final = sorted(
@@ -126,7 +127,16 @@ def test_every_setting_is_explained(name: str) -> None:
 def test_no_setting_is_explained_that_is_not_there() -> None:
     text = (REFERENCE / "settings.md").read_text()
     named = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
-    assert named == list(Settings.model_fields)
+    assert named == [*Settings.model_fields, *ServerSettings.model_fields]
+
+
+@pytest.mark.parametrize("name", ServerSettings.model_fields)
+def test_every_setting_of_a_server_is_explained(name: str) -> None:
+    (row,) = _rows("settings.md", f"`{name}`")
+    assert f"`BROKERTASK_SERVER_{name.upper()}`" in row
+    default = ServerSettings.model_fields[name].default
+    shown = {(): "[]"}.get(default, f"{default}")
+    assert f"| `{shown}` |" in row
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)

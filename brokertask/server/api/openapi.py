@@ -76,8 +76,8 @@ class _Schemas:
 
     def of(self, operation: Operation | None, part: str) -> dict[str, Any]:
         """Return the schema of a part of an operation."""
-        where = ("", "") if operation is None else (operation.path, operation.method)
-        key = self._keys[(*where, part)]
+        path, method = ("", "") if operation is None else (operation.path, operation.method)
+        key = self._keys[path, method, part]
         found = {name: schema for (name, _), schema in self._schemas.items()}[key]
         return dict(found)
 
@@ -162,10 +162,10 @@ def _responses(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
     elif operation.status != 204:
         good["content"] = {operation.media: {"schema": {"type": "string"}}}
     responses = {str(operation.status): good}
-    kinds = dict.fromkeys((*EVERYWHERE, *_implied(operation), *operation.problems))
+    kinds: list[Kind] = [*EVERYWHERE, *_implied(operation), *operation.problems]
     problem = {CONTENT_TYPE: {"schema": schemas.of(None, "problem")}}
     for status in sorted({KINDS[kind][0] for kind in kinds}):
-        names = [kind for kind in kinds if KINDS[kind][0] == status]
+        names = [kind for kind in KINDS if kind in kinds and KINDS[kind][0] == status]
         words = "; ".join(f"`{name}`: {KINDS[name][1].lower()}" for name in names)
         responses[str(status)] = {"description": words, "content": problem}
     return responses
