@@ -13,8 +13,9 @@ from typing import Final
 
 from brokertask.envelope import Envelope, Message
 from brokertask.errors import AccessDenied, EnvelopeError
-from brokertask.events import ENDS, Event
-from brokertask.server import history
+from brokertask.events import ENDS, LOG, STEP, Event, asked_for
+from brokertask.presence import WORKER, Presence
+from brokertask.server import details, history, workers
 from brokertask.server.asks import Asks
 from brokertask.server.batches import Batches
 from brokertask.server.outcomes import ending_of, record_endings, record_signals, signal_of
@@ -28,6 +29,8 @@ from brokertask.transport.base import Delivery
 log = logging.getLogger("brokertask.server")
 
 BATCH: Final = 500
+PRESENCE: Final = "worker"
+"""The type of what a worker says of itself: no event of a run, and none that a run waits for."""
 
 
 class Recorder:
@@ -80,18 +83,27 @@ class Recorder:
         """Write what events tell; then tell those who waited for it."""
         events: list[Event] = []
         signals: list[Mapping[str, object]] = []
+        there: list[Presence] = []
         for delivery in deliveries:
             message = delivery.message
-            if (event := _event(message)) is not None:
+            if message.type == WORKER:
+                there += _presence(message)
+            elif (event := _event(message)) is not None:
                 events.append(event)
-            elif (signal := signal_of(message, delivery.key, at_ms=now_ms)) is not None:
+            elif (
+                message.type != PRESENCE
+                and (signal := signal_of(message, delivery.key, at_ms=now_ms)) is not None
+            ):
                 signals.append(signal)
-        facts = [event_fact(event) for event in events]
+        asked = [trigger_fact(one, kept(one), now_ms=now_ms) for one in _asked(events)]
+        facts = asked + [event_fact(event) for event in events if event.event not in (STEP, LOG)]
         ended = [event for event in events if event.event in ENDS]
         async with self._resources.store.begin() as connection:
             await record(connection, facts)
             await record_endings(connection, [ending_of(event) for event in ended])
             await record_signals(connection, signals)
+            await details.record(connection, events)
+            await workers.record(connection, there)
         run_ids = [event.run_id for event in ended]
         await self._waits.came("run", run_ids)
         await self._waits.came("event", {str(signal["key"]) for signal in signals})
@@ -110,6 +122,27 @@ class Recorder:
                 await self._resources.transport.declare(seen)
             except AccessDenied as error:
                 log.warning("runs of %s are recorded only when they begin: %s", task, error)
+
+
+def _asked(events: Iterable[Event]) -> list[Envelope]:
+    """Return what runs that have begun were asked for: their triggers may not have been seen."""
+    found = []
+    for event in events:
+        try:
+            envelope = asked_for(event)
+        except EnvelopeError as error:
+            log.warning("run %s has begun, and says not with what: %s", event.run_id, error)
+            continue
+        if envelope is not None:
+            found.append(envelope)
+    return found
+
+
+def _presence(message: Message) -> list[Presence]:
+    try:
+        return [Presence.read(message)]
+    except EnvelopeError:
+        return []
 
 
 def _event(message: Message) -> Event | None:

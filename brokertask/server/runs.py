@@ -15,13 +15,7 @@ from sqlalchemy import Row, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from brokertask.envelope import Envelope
-from brokertask.events import (
-    ENDS,
-    PROGRESS,
-    RETRYING,
-    WARNING,
-    Event,
-)
+from brokertask.events import ENDS, RETRYING, SLEEPING, WAITING, Event
 from brokertask.server.outcomes import parts
 from brokertask.server.redactor import Kept
 from brokertask.server.store.schema import attempts, known_tasks, runs
@@ -37,7 +31,8 @@ _REDRIVE: Final = 2 * 10**16
 _ENDED: Final = 10**16
 _ATTEMPT: Final = 10**10
 _MESSAGE: Final = 10
-_NEWS: Final = (PROGRESS, WARNING)
+_STATUSES: Final = (*ENDS, RETRYING, SLEEPING, WAITING)
+"""Events that say what a run is at; any other says that it is at work."""
 _ASKED, _AT_WORK, _LEFT = 0, 1, 2
 
 
@@ -95,7 +90,7 @@ def trigger_fact(envelope: Envelope, kept: Kept, *, now_ms: int) -> Fact:
 def event_fact(event: Event) -> Fact:
     """Return what an event of a run tells."""
     redrives, seq, error = event.redrives or 0, event.seq or 0, event.error
-    ended, news = event.event in ENDS, event.event in _NEWS
+    ended, news = event.event in ENDS, event.event not in _STATUSES
     if ended:
         # Of two ends the first is right: the lower its instant, the higher its place.
         place = min(redrives, 400) * _REDRIVE + _ENDED + (LAST_INSTANT_MS - event.at_ms)

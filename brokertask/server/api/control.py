@@ -43,8 +43,8 @@ class Said(BaseModel):
 async def cancel_run(call: Call, run_id: RunId, body: Cancellation) -> Said:
     """Cancel a run.
 
-    One that runs is told so and has a while to end; any other ends when its message comes up: at
-    the end of its delay, its sleep or its wait.
+    One that runs is told so and has a while to end; one that waits ends at once; any other when its
+    message comes up, at the end of its delay or its sleep.
     """
     async with call.resources.store.begin() as connection:
         row = await history.shown(connection, run_id)

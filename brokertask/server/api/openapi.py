@@ -165,8 +165,11 @@ def _responses(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
     kinds: list[Kind] = [*EVERYWHERE, *_implied(operation), *operation.problems]
     problem = {CONTENT_TYPE: {"schema": schemas.of(None, "problem")}}
     for status in sorted({KINDS[kind][0] for kind in kinds}):
-        names = [kind for kind in KINDS if kind in kinds and KINDS[kind][0] == status]
-        words = "; ".join(f"`{name}`: {KINDS[name][1].lower()}" for name in names)
+        words = "; ".join(
+            f"`{kind}`: {title.lower()}"
+            for kind, (code, title) in KINDS.items()
+            if kind in kinds and code == status
+        )
         responses[str(status)] = {"description": words, "content": problem}
     return responses
 

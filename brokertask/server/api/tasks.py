@@ -11,6 +11,7 @@ from pydantic import BaseModel, JsonValue
 from brokertask.server import catalog, history
 from brokertask.server.api.operations import Call, Routes, TaskId
 from brokertask.server.api.problems import Problem
+from brokertask.server.control import paused
 from brokertask.transport.base import Depth
 
 routes: Final = Routes("tasks")
@@ -21,6 +22,8 @@ class TaskView(BaseModel):
     """A task."""
 
     task: str
+    paused: bool
+    """No worker begins runs of it."""
 
 
 class TaskDetail(TaskView):
@@ -49,7 +52,10 @@ class QueueView(BaseModel):
 async def list_tasks(call: Call) -> list[TaskView]:
     """List the tasks that something was heard of."""
     async with call.resources.store.begin() as connection:
-        return [TaskView(task=task) for task in await history.tasks(connection)]
+        held = await paused(connection)
+        return [
+            TaskView(task=task, paused=task in held) for task in await history.tasks(connection)
+        ]
 
 
 @routes.get("/tasks/{task}")
@@ -57,10 +63,14 @@ async def show_task(call: Call, task: TaskId) -> TaskDetail:
     """Show a task, with the JSON Schemas of payload and result."""
     async with call.resources.store.begin() as connection:
         schemas = await catalog.schemas_of(connection, task)
+        held = await paused(connection)
     if schemas is None:
         raise Problem("not_found", "nothing was heard of such a task")
     return TaskDetail(
-        task=task, payload_schema=schemas.get("payload"), result_schema=schemas.get("result")
+        task=task,
+        paused=task in held,
+        payload_schema=schemas.get("payload"),
+        result_schema=schemas.get("result"),
     )
 
 
