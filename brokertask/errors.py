@@ -19,6 +19,7 @@
       RunError                    what `Run.result()` raises; carries run id and task
         RunFailed  RunExpired  RunCancelled  ResultTimeout  ResultUnavailable  ChildFailed
       StoreUnavailable            a server's database is gone, or too slow
+      StoreOutdated               a server's database is of another version
       Abort, RetryAfter           raised by task authors to steer the retry
 
 Messages say what happened, where, and how to mend it. They never hold payloads or passwords.
@@ -187,6 +188,10 @@ class MemoryFull(PayloadError):
 
 class StoreUnavailable(BrokertaskError):
     """A server's database cannot be reached, or takes too long; nothing was done, or all of it."""
+
+
+class StoreOutdated(BrokertaskError):
+    """A server's database is of another version than this one; nothing was done."""
 
 
 class EnvelopeError(BrokertaskError):

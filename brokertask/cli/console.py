@@ -66,6 +66,7 @@ CODES: Final[Mapping[type[BaseException], tuple[str, Exit]]] = {
     errors.PublishUnknown: ("BT-206", Exit.TIMEOUT),
     errors.PublishError: ("BT-200", Exit.BROKER),
     errors.StoreUnavailable: ("BT-501", Exit.STORE),
+    errors.StoreOutdated: ("BT-504", Exit.STORE),
     remote.ServerUnavailable: ("BT-502", Exit.BROKER),
     remote.Denied: ("BT-503", Exit.DENIED),
     remote.Impossible: ("BT-503", Exit.CONFLICT),

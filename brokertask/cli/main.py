@@ -12,7 +12,7 @@ from brokertask.cli.asyncapi import asyncapi
 from brokertask.cli.dev import dev
 from brokertask.cli.doctor import doctor
 from brokertask.cli.permissions import permissions
-from brokertask.cli.server import server
+from brokertask.cli.server import migrate, server
 from brokertask.cli.trigger import trigger
 from brokertask.cli.worker import worker
 
@@ -48,7 +48,7 @@ def common(
     """
 
 
-for command in (dev, worker, server, trigger, doctor, permissions, asyncapi):
+for command in (dev, worker, server, migrate, trigger, doctor, permissions, asyncapi):
     app.command()(command)
 app.add_typer(dead.app, name="dead")
 app.add_typer(topology.app, name="topology")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -26,13 +28,9 @@ def server(
     """
     stand_in = app_or_stand_in(None)
     logs.configure(log_level, log_format)
-    try:
+    with _extra():
         from brokertask.server.service import Server
         from brokertask.server.settings import server_settings
-    except ModuleNotFoundError as error:
-        console.fail(
-            ConfigurationError(f"{error.name} is not installed: pip install 'brokertask[server]'")
-        )
 
     async def serve() -> None:
         settings = server_settings()
@@ -43,3 +41,35 @@ def server(
         await running.run()
 
     console.run(serve)
+
+
+def migrate() -> None:
+    """Lead the tables of the server's store to this version, while no server runs.
+
+    The store is BROKERTASK_SERVER_STORE_URL; a server makes those of an empty one by itself.
+    """
+    with _extra():
+        from brokertask.server.settings import server_settings
+        from brokertask.server.store.engine import Database
+
+    async def lead() -> None:
+        store = Database(server_settings().store_url)
+        try:
+            before, after = await store.migrate()
+        finally:
+            await store.close()
+        is_now = "is" if before == after else f"was {before or 'empty'}, and is now"
+        console.out.print(f"the store's schema {is_now} {after}")
+
+    console.run(lead)
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
+    """Say what to install if an import inside the block finds nothing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        console.fail(
+            ConfigurationError(f"{error.name} is not installed: pip install 'brokertask[server]'")
+        )

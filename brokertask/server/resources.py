@@ -24,6 +24,10 @@ class Store(Protocol):
         """Return a transaction that may write: committed at the end of the block."""
         ...
 
+    def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        """Return a transaction that only reads: it waits for no writer."""
+        ...
+
 
 class Outbox(Protocol):
     """Messages that are published once their transaction is committed, and not before."""

@@ -109,6 +109,8 @@ class _FusedStore:
                 committing.enter_context(self._at_work())
         await self._fuse.point()
 
+    read = begin
+
     async def stop(self) -> None:
         """Return when no statement is under way: cancelled, it would keep SQLite's lock."""
         while self._working:  # noqa: ASYNC110 (nobody tells)

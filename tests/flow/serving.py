@@ -50,6 +50,8 @@ class MiniStore:
         async with self._one, self.engine.begin() as connection:
             yield connection
 
+    read = begin
+
 
 class Serving:
     """A server for an app, until the end of its block."""

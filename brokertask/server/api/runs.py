@@ -157,7 +157,7 @@ class Replay(Strict):
 async def list_runs(call: Call, query: RunsQuery) -> Page[RunView]:
     """List runs, the latest triggered first."""
     before = keys_of(query.cursor, (int, str)) if query.cursor else None
-    async with call.resources.store.begin() as connection:
+    async with call.resources.store.read() as connection:
         rows = await history.listed(
             connection,
             query.filter(),
@@ -175,7 +175,7 @@ async def list_runs(call: Call, query: RunsQuery) -> Page[RunView]:
 @routes.get("/counts")
 async def count_runs(call: Call, query: Selected) -> CountsView:
     """Count the runs that the same filters of `/runs` take, by status."""
-    async with call.resources.store.begin() as connection:
+    async with call.resources.store.read() as connection:
         counts = await history.counted(connection, query.filter())
     return CountsView(
         total=sum(counts.by_status.values()),
@@ -196,7 +196,7 @@ async def show_run(call: Call, run_id: RunId) -> RunDetail:
 async def list_attempts(call: Call, run_id: RunId) -> list[AttemptView]:
     """List the attempts of a run that have ended, with their errors."""
     await _row(call, run_id)
-    async with call.resources.store.begin() as connection:
+    async with call.resources.store.read() as connection:
         rows = await history.attempts_of(connection, run_id)
     return [AttemptView.model_validate(row) for row in rows]
 
@@ -253,7 +253,7 @@ def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def _row(call: Call, run_id: str) -> Mapping[str, Any]:
-    async with call.resources.store.begin() as connection:
+    async with call.resources.store.read() as connection:
         row = await history.shown(connection, run_id)
     if row is None:
         raise Problem("not_found", "there is no such run, or nothing was heard of it yet")

@@ -1,25 +1,31 @@
-"""A server's store: SQLite in a file, or PostgreSQL. Only here are SQLAlchemy's errors known."""
+"""A server's store: SQLite in a file, or PostgreSQL. Only here are a database's errors known."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from asyncpg import PostgresError
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from brokertask.errors import StoreUnavailable
-from brokertask.server.store.schema import metadata
+from brokertask.server.store import migration
 
 BUSY_TIMEOUT_MS: Final = 10_000
 """How long a writer waits for another process's transaction, on SQLite."""
 CONNECT_TIMEOUT: Final = 5.0
+STATEMENT_TIMEOUT: Final = 60.0
+"""Seconds that PostgreSQL has for an answer; a connection may be dead without saying so."""
+PASSING_STATES: Final = frozenset({"08", "40", "53", "55", "57", "58"})
+"""Classes of PostgreSQL's errors that the same statement may not meet again: a lost connection, a
+deadlock, a full disk, a lock, a shutdown, a failing system."""
 _PRAGMAS: Final = (
     "journal_mode=WAL",
     "synchronous=NORMAL",
@@ -29,38 +35,51 @@ _PRAGMAS: Final = (
 
 
 class Database:
-    """A server's store. Transactions of one process take turns on SQLite, which has one writer."""
+    """A server's store. Writers of one process take turns on SQLite, which has one at a time."""
 
     def __init__(self, url: str) -> None:
         parsed = make_url(url)
         self._lite = parsed.get_backend_name() == "sqlite"
         self._name = parsed.render_as_string(hide_password=True)
-        if self._lite and parsed.database:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        # On SQLite nothing is to be waited for: one transaction at a time has its turn.
-        remote: dict[str, Any] = {
-            "connect_args": {"timeout": CONNECT_TIMEOUT},
-            "pool_pre_ping": True,
-            "pool_timeout": CONNECT_TIMEOUT,
-        }
-        self._engine = create_async_engine(url, **({} if self._lite else remote))
         self._turn = asyncio.Lock()
-        if self._lite:
-            event.listen(self._engine.sync_engine, "connect", _configure)
-            event.listen(self._engine.sync_engine, "begin", _begin)
+        if not self._lite:
+            self._engine = self._readers = create_async_engine(
+                url,
+                connect_args={"timeout": CONNECT_TIMEOUT, "command_timeout": STATEMENT_TIMEOUT},
+                pool_pre_ping=True,
+                pool_timeout=CONNECT_TIMEOUT,
+            )
+            return
+        if parsed.database:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        self._engine = _lite_engine(url, begin="BEGIN IMMEDIATE")
+        # In memory a database is one connection.
+        self._readers = _lite_engine(url, begin="BEGIN") if parsed.database else self._engine
 
     async def open(self) -> None:
-        """Connect, and make the tables that are missing.
+        """Connect, and make the tables of a store that has none.
 
         Raises:
             StoreUnavailable: It cannot be reached.
+            StoreOutdated: Its tables are of another version than this one.
         """
         async with self.begin() as connection:
-            await connection.run_sync(metadata.create_all)
+            await connection.run_sync(migration.ensure)
+
+    async def migrate(self) -> tuple[str | None, str]:
+        """Lead its tables to this version; return the revisions before and after.
+
+        Raises:
+            StoreUnavailable: It cannot be reached.
+            StoreOutdated: They are newer than this version.
+        """
+        async with self.begin() as connection:
+            return await connection.run_sync(migration.migrate)
 
     async def close(self) -> None:
         """Disconnect."""
         await self._engine.dispose()
+        await self._readers.dispose()
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncConnection]:
@@ -69,40 +88,71 @@ class Database:
         Raises:
             StoreUnavailable: The database is gone, or takes too long.
         """
-        async with AsyncExitStack() as stack:
-            if self._lite:
-                await stack.enter_async_context(self._turn)
-            try:
-                connection = await stack.enter_async_context(self._engine.begin())
+        if not self._lite:
+            async with self._transaction(self._engine) as connection:
                 yield connection
-                await stack.aclose()
-            except (SQLAlchemyError, OSError, PoolTimeout) as error:
-                if not _gone(error):
-                    raise
-                raise StoreUnavailable(
-                    f"the store {self._name} cannot be used: {type(error).__name__}; look whether "
-                    "the database runs, and at BROKERTASK_SERVER_STORE_URL"
-                ) from error
+            return
+        async with self._turn, self._transaction(self._engine) as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """Return a transaction that only reads, and waits for no writer.
+
+        Raises:
+            StoreUnavailable: The database is gone, or takes too long.
+        """
+        if self._readers is self._engine:
+            async with self.begin() as connection:
+                yield connection
+            return
+        async with self._transaction(self._readers) as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def _transaction(self, engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+        with _translated(self._name):
+            async with engine.begin() as connection:
+                yield connection
+
+
+@contextmanager
+def _translated(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (DBAPIError, PostgresError, PoolTimeout, OSError) as error:
+        if not _gone(error):
+            raise
+        raise StoreUnavailable(
+            f"the store {name} cannot be used: {type(error).__name__}; look whether "
+            "the database runs, and at BROKERTASK_SERVER_STORE_URL"
+        ) from error
 
 
 def _gone(error: Exception) -> bool:
     """Whether it is the database that fails, and not what it was asked."""
-    if isinstance(error, DBAPIError) and not isinstance(error, InterfaceError):
-        return error.connection_invalidated or type(error).__name__ in (
-            "OperationalError",
-            "InternalError",
-        )
-    return isinstance(error, OSError | PoolTimeout | InterfaceError)
+    if not isinstance(error, DBAPIError):
+        return True
+    state = getattr(error.orig, "sqlstate", None)
+    if isinstance(state, str):
+        return state[:2] in PASSING_STATES
+    return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
 
 
-def _configure(connection: Any, _: Any) -> None:
-    # Transactions are begun by ourselves, to write: one that reads first could not go on to.
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    for pragma in _PRAGMAS:
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
+def _lite_engine(url: str, *, begin: str) -> AsyncEngine:
+    engine = create_async_engine(url)
 
+    def configure(connection: Any, _: Any) -> None:
+        # Transactions are begun by ourselves: one that reads first could not go on to write.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in _PRAGMAS:
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
 
-def _begin(connection: Any) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    def start(connection: Any) -> None:
+        connection.exec_driver_sql(begin)
+
+    event.listen(engine.sync_engine, "connect", configure)
+    event.listen(engine.sync_engine, "begin", start)
+    return engine

@@ -12,8 +12,9 @@ from sqlalchemy import (
     LargeBinary,
     MetaData,
     Table,
-    Text,
 )
+
+from brokertask.server.store.columns import Text
 
 metadata = MetaData()
 
@@ -79,6 +80,43 @@ known_tasks = Table(
     Column("since_ms", BigInteger, nullable=False),
     Column("schemas", Text),
     Column("schemas_ms", BigInteger),
+)
+
+steps = Table(
+    "steps",
+    metadata,
+    Column("run_id", Text, primary_key=True),
+    Column("redrives", Integer, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("worker", Text, nullable=False),
+    Column("ended_ms", BigInteger, nullable=False),
+    Column("result", LargeBinary),
+)
+log_lines = Table(
+    "log_lines",
+    metadata,
+    Column("run_id", Text, primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("worker", Text, primary_key=True),
+    Column("batch_ms", BigInteger, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("at_ms", BigInteger, nullable=False),
+    Column("level", Text, nullable=False),
+    Column("text", Text, nullable=False),
+    Index("log_lines_read", "run_id", "at_ms", "batch_ms", "number"),
+)
+workers = Table(
+    "workers",
+    metadata,
+    Column("worker", Text, primary_key=True),
+    Column("state", Text, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("pid", BigInteger, nullable=False),
+    Column("started_ms", BigInteger, nullable=False),
+    Column("seen_ms", BigInteger, nullable=False),
+    Column("tasks", LargeBinary, nullable=False),
 )
 
 # -- waits: runs that wait, and what they wait for
