@@ -11,15 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import Row, select, update
+from sqlalchemy import ColumnCollection, and_, case, or_, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from brokertask.envelope import Envelope
 from brokertask.events import ENDS, RETRYING, SLEEPING, WAITING, Event
-from brokertask.server.outcomes import parts
 from brokertask.server.redactor import Kept
-from brokertask.server.store.schema import attempts, known_tasks, runs
-from brokertask.server.store.upsert import put
+from brokertask.server.store.schema import attempts, known_tasks, run_tags, runs
+from brokertask.server.store.upsert import Merged, merge, put
 from brokertask.values import LAST_INSTANT_MS, pack
 
 QUEUED: Final = "queued"
@@ -31,8 +30,9 @@ _REDRIVE: Final = 2 * 10**16
 _ENDED: Final = 10**16
 _ATTEMPT: Final = 10**10
 _MESSAGE: Final = 10
-_STATUSES: Final = (*ENDS, RETRYING, SLEEPING, WAITING)
+_TOLD: Final = (*sorted(ENDS), RETRYING, SLEEPING, WAITING)
 """Events that say what a run is at; any other says that it is at work."""
+STATUSES: Final = (*_TOLD, QUEUED, DELAYED, RUNNING)
 _ASKED, _AT_WORK, _LEFT = 0, 1, 2
 
 
@@ -67,7 +67,6 @@ def trigger_fact(envelope: Envelope, kept: Kept, *, now_ms: int) -> Fact:
         place=_place(envelope.redrives, envelope.attempt, envelope.seq, _ASKED),
         at_ms=envelope.sent_ms or triggered_ms,
         latest={
-            **_LATEST,
             "status": DELAYED if delayed else QUEUED,
             "redrives": envelope.redrives,
             "attempt": envelope.attempt,
@@ -90,7 +89,7 @@ def trigger_fact(envelope: Envelope, kept: Kept, *, now_ms: int) -> Fact:
 def event_fact(event: Event) -> Fact:
     """Return what an event of a run tells."""
     redrives, seq, error = event.redrives or 0, event.seq or 0, event.error
-    ended, news = event.event in ENDS, event.event not in _STATUSES
+    ended, news = event.event in ENDS, event.event not in _TOLD
     if ended:
         # Of two ends the first is right: the lower its instant, the higher its place.
         place = min(redrives, 400) * _REDRIVE + _ENDED + (LAST_INSTANT_MS - event.at_ms)
@@ -102,7 +101,6 @@ def event_fact(event: Event) -> Fact:
         place=place,
         at_ms=event.at_ms,
         latest={
-            **_LATEST,
             "status": RUNNING if news else event.event,
             "redrives": redrives,
             "attempt": event.attempt,
@@ -123,74 +121,62 @@ def event_fact(event: Event) -> Fact:
 async def record(connection: AsyncConnection, facts: Sequence[Fact]) -> None:
     """Write what is known from now on; within a transaction, before it is acked.
 
-    Cost: a few statements for each 500 runs.
+    Cost: a few statements, and a row of each for each fact.
     """
-    by_run: dict[str, list[Fact]] = {}
-    for fact in facts:
-        by_run.setdefault(fact.run_id, []).append(fact)
     # Everybody in the same order: two servers never wait for each other's rows.
-    for run_ids in parts(sorted(by_run)):
-        await put(connection, runs, [_blank(by_run[run_id][0]) for run_id in run_ids])
-        locked = select(runs).where(runs.c.run_id.in_(run_ids)).with_for_update()
-        rows = (await connection.execute(locked.order_by(runs.c.run_id))).all()
-        changed = [folded for row in rows if (folded := _fold(row, by_run[row.run_id]))]
-        for values in changed:
-            mine = runs.c.run_id == values.pop("run_id")
-            await connection.execute(update(runs).where(mine).values(values))
-    await put(connection, attempts, _last_of_each(facts), newer=attempts.c.ended_ms)
+    known = sorted(facts, key=lambda fact: fact.run_id)
+    await merge(connection, runs, [_row(fact) for fact in known], _folded)
+    tagged = [row for fact in known if fact.asked for row in _tagged(fact)]
+    await put(connection, run_tags, tagged, newer=run_tags.c.place)
+    ended = [fact.attempt for fact in known if fact.attempt is not None]
+    await put(connection, attempts, ended, newer=attempts.c.ended_ms)
     tasks = {fact.task: fact.at_ms for fact in facts}
-    await put(
-        connection,
-        known_tasks,
-        [{"task": task, "since_ms": tasks[task]} for task in sorted(tasks)],
-    )
+    since = [{"task": task, "since_ms": tasks[task]} for task in sorted(tasks)]
+    await put(connection, known_tasks, since)
 
 
-def _last_of_each(facts: Sequence[Fact]) -> list[Mapping[str, Any]]:
-    """Return the rows of attempts; of one that ended twice, as a doubled run may, the last."""
-    found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
-    for row in (fact.attempt for fact in facts if fact.attempt is not None):
-        key = (row["run_id"], row["redrives"], row["attempt"])
-        if key not in found or row["ended_ms"] > found[key]["ended_ms"]:
-            found[key] = row
-    return [found[key] for key in sorted(found)]
-
-
-def _blank(fact: Fact) -> dict[str, Any]:
-    """Return the row of a run of which nothing is known yet; any fact is later than its place."""
+def _row(fact: Fact) -> dict[str, Any]:
+    """Return the row of a run of which nothing else is known yet."""
     return {
-        **_LATEST,
+        **_UNKNOWN,
+        **fact.latest,
+        **fact.asked,
+        **fact.noted,
+        **fact.done,
         "run_id": fact.run_id,
         "task": fact.task,
-        "status": QUEUED,
-        "place": -1,
-        "asked_place": -1,
-        "noted_ms": -1,
-        "done_ms": -1,
-        "redrives": 0,
-        "attempt": 1,
-        "at_ms": -1,
-        "triggered_ms": fact.at_ms,
-        "tags": "",
+        "triggered_ms": fact.asked.get("triggered_ms", fact.at_ms),
+        "place": fact.place,
+        "at_ms": fact.at_ms,
+        "asked_place": fact.place if fact.asked else -1,
+        "noted_ms": fact.at_ms if fact.noted else -1,
+        "done_ms": fact.at_ms if fact.done else -1,
     }
 
 
-def _fold(row: Row[Any], facts: Sequence[Fact]) -> dict[str, Any] | None:
-    """Return the columns that facts change in a row; None if they say nothing new."""
-    known = dict(row._mapping)
-    for fact in facts:
-        if fact.asked and fact.place > known["asked_place"]:
-            known.update(fact.asked, asked_place=fact.place)
-        elif known["asked_place"] < 0:
-            known["triggered_ms"] = min(known["triggered_ms"], fact.at_ms)
-        if fact.noted and fact.at_ms > known["noted_ms"]:
-            known.update(fact.noted, noted_ms=fact.at_ms)
-        if fact.done and fact.at_ms > known["done_ms"]:
-            known.update(fact.done, done_ms=fact.at_ms)
-        if (fact.place, fact.at_ms) > (known["place"], known["at_ms"]):
-            known.update(fact.latest, place=fact.place, at_ms=fact.at_ms)
-    changed = {name: value for name, value in known.items() if value != getattr(row, name)}
-    return {**changed, "run_id": row.run_id} if changed else None
+def _folded(new: ColumnCollection[str, Any]) -> Merged:
+    """Return what a row holds when another fact is known."""
+    old = runs.c
+    later = tuple_(new.place, new.at_ms) > tuple_(old.place, old.at_ms)
+    asked = new.asked_place > old.asked_place
+    groups = (
+        (later, (*_LATEST, "place", "at_ms")),
+        (asked, (*_ASKED_FOR, "asked_place")),
+        (new.noted_ms > old.noted_ms, (*_NOTED, "noted_ms")),
+        (new.done_ms > old.done_ms, (*_DONE, "done_ms")),
+    )
+    folded = {
+        name: case((newer, new[name]), else_=old[name]) for newer, names in groups for name in names
+    }
+    # Before its trigger is seen, a run was triggered when it was first heard of.
+    first = and_(old.asked_place < 0, new.asked_place < 0, new.triggered_ms < old.triggered_ms)
+    triggered = case((or_(asked, first), new.triggered_ms), else_=old.triggered_ms)
+    return {**folded, "triggered_ms": triggered}
+
+
+def _tagged(fact: Fact) -> list[dict[str, Any]]:
+    keys = {"run_id": fact.run_id, "triggered_ms": fact.asked["triggered_ms"], "place": fact.place}
+    return [{"tag": tag, **keys} for tag in fact.asked["tags"].split(TAG) if tag]
 
 
 def _place(redrives: int, attempt: int, seq: int, stage: int) -> int:
@@ -218,6 +204,17 @@ def _attempt(event: Event, redrives: int) -> dict[str, Any]:
     }
 
 
-_LATEST: Final[Mapping[str, Any]] = dict.fromkeys(
-    ("worker", "reason", "error_type", "error_message", "waits", "due_ms", "ended_ms")
+_LATEST: Final = (
+    *("status", "redrives", "attempt", "worker", "reason", "error_type", "error_message"),
+    *("waits", "due_ms", "ended_ms"),
 )
+_ASKED_FOR: Final = (
+    *("triggered_ms", "tags", "parent", "root", "trace_id", "app_id"),
+    *("payload", "content_type", "payload_state"),
+)
+_NOTED: Final = ("notes",)
+_DONE: Final = ("done", "total")
+_UNKNOWN: Final[Mapping[str, Any]] = {
+    **dict.fromkeys((*_LATEST, *_ASKED_FOR, *_NOTED, *_DONE)),
+    "tags": "",
+}

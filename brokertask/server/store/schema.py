@@ -12,6 +12,7 @@ from sqlalchemy import (
     LargeBinary,
     MetaData,
     Table,
+    text,
 )
 
 from brokertask.server.store.columns import Text
@@ -55,9 +56,35 @@ runs = Table(
     Index("runs_newest", "triggered_ms", "run_id"),
     Index("runs_status", "status", "triggered_ms", "run_id"),
     Index("runs_task", "task", "status", "triggered_ms", "run_id"),
-    Index("runs_parent", "parent"),
-    Index("runs_root", "root"),
-    Index("runs_trace", "trace_id"),
+    # Most runs have none of these.
+    *(
+        Index(
+            f"runs_{name}",
+            name,
+            "triggered_ms",
+            "run_id",
+            sqlite_where=text(f"{name} is not null"),
+            postgresql_where=text(f"{name} is not null"),
+        )
+        for name in ("parent", "root", "trace_id", "worker")
+    ),
+    Index(
+        "runs_failing",
+        "triggered_ms",
+        "run_id",
+        sqlite_where=text("error_type is not null"),
+        postgresql_where=text("error_type is not null"),
+    ),
+)
+run_tags = Table(
+    "run_tags",
+    metadata,
+    Column("tag", Text, primary_key=True),
+    Column("run_id", Text, primary_key=True),
+    Column("triggered_ms", BigInteger, nullable=False),
+    Column("place", BigInteger, nullable=False),
+    Index("run_tags_newest", "tag", "triggered_ms", "run_id"),
+    Index("run_tags_run", "run_id"),
 )
 attempts = Table(
     "attempts",

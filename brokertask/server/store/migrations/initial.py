@@ -161,6 +161,16 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("task"),
     )
     op.create_table(
+        "run_tags",
+        sa.Column("tag", sa.Text(), nullable=False),
+        sa.Column("run_id", sa.Text(), nullable=False),
+        sa.Column("triggered_ms", sa.BigInteger(), nullable=False),
+        sa.Column("place", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("tag", "run_id"),
+    )
+    op.create_index("run_tags_newest", "run_tags", ["tag", "triggered_ms", "run_id"], unique=False)
+    op.create_index("run_tags_run", "run_tags", ["run_id"], unique=False)
+    op.create_table(
         "runs",
         sa.Column("run_id", sa.Text(), nullable=False),
         sa.Column("task", sa.Text(), nullable=False),
@@ -193,12 +203,49 @@ def upgrade() -> None:
         sa.Column("payload_state", sa.Text(), nullable=True),
         sa.PrimaryKeyConstraint("run_id"),
     )
+    op.create_index(
+        "runs_failing",
+        "runs",
+        ["triggered_ms", "run_id"],
+        unique=False,
+        sqlite_where=sa.text("error_type is not null"),
+        postgresql_where=sa.text("error_type is not null"),
+    )
     op.create_index("runs_newest", "runs", ["triggered_ms", "run_id"], unique=False)
-    op.create_index("runs_parent", "runs", ["parent"], unique=False)
-    op.create_index("runs_root", "runs", ["root"], unique=False)
+    op.create_index(
+        "runs_parent",
+        "runs",
+        ["parent", "triggered_ms", "run_id"],
+        unique=False,
+        sqlite_where=sa.text("parent is not null"),
+        postgresql_where=sa.text("parent is not null"),
+    )
+    op.create_index(
+        "runs_root",
+        "runs",
+        ["root", "triggered_ms", "run_id"],
+        unique=False,
+        sqlite_where=sa.text("root is not null"),
+        postgresql_where=sa.text("root is not null"),
+    )
     op.create_index("runs_status", "runs", ["status", "triggered_ms", "run_id"], unique=False)
     op.create_index("runs_task", "runs", ["task", "status", "triggered_ms", "run_id"], unique=False)
-    op.create_index("runs_trace", "runs", ["trace_id"], unique=False)
+    op.create_index(
+        "runs_trace_id",
+        "runs",
+        ["trace_id", "triggered_ms", "run_id"],
+        unique=False,
+        sqlite_where=sa.text("trace_id is not null"),
+        postgresql_where=sa.text("trace_id is not null"),
+    )
+    op.create_index(
+        "runs_worker",
+        "runs",
+        ["worker", "triggered_ms", "run_id"],
+        unique=False,
+        sqlite_where=sa.text("worker is not null"),
+        postgresql_where=sa.text("worker is not null"),
+    )
     op.create_table(
         "schedules",
         sa.Column("name", sa.Text(), nullable=False),
