@@ -17,8 +17,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from brokertask.server.history import RunFilter, counted, listed
 from brokertask.server.runs import TAG, Fact, record
 from brokertask.server.store.engine import Database
@@ -81,7 +79,7 @@ def filters(total: int, chance: random.Random) -> dict[str, RunFilter]:
     """One of each kind, with random values."""
     task = f"task-{chance.randrange(TASKS // 2)}"
     since_ms = BEGAN_MS + chance.randrange(DAYS) * DAY_MS
-    day = {"since_ms": since_ms, "until_ms": since_ms + DAY_MS}
+    day: dict[str, Any] = {"since_ms": since_ms, "until_ms": since_ms + DAY_MS}
     number = chance.randrange(total // 100 + 1)
     return {
         "all": RunFilter(),
