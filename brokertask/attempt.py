@@ -117,6 +117,13 @@ class Attempt:
             case _:
                 log.debug("run %s of %s: %s", run_id, task, type(outcome).__name__.lower())
 
+    def crashes(self) -> Exception:
+        """Return what stands for the errors of attempts that were lost."""
+        return ConnectionAbortedError(
+            f"{self.envelope.attempt - 1} attempt(s) and no end: the last worker died, was killed, "
+            "ran out of memory, or lost the broker"
+        )
+
     def interrupt(self, cause: str = "drain", *, grace: float = INTERRUPT_GRACE) -> None:
         """Cancel it because the worker goes away, or its message or its run did; uncounted."""
         self.interrupted = True

@@ -30,7 +30,7 @@ A = TypeVarTuple("A")
 
 
 class RunLogger(logging.LoggerAdapter[logging.Logger]):
-    """Adds `run_id`, `task`, `attempt` and `trace_id` to each record, as attributes."""
+    """Adds `run_id`, `task`, `attempt`, `trace_id` and `worker` to each record, as attributes."""
 
     def process(
         self, msg: Any, kwargs: MutableMapping[str, Any]
@@ -112,6 +112,7 @@ class Context:
             "task": self.task,
             "attempt": self.attempt,
             "trace_id": self.trace_id,
+            "worker": self.worker,
         }
         self.log = RunLogger(log, fields)
         self.waits = Waits(self.steps, self.run_id)

@@ -23,7 +23,7 @@ from brokertask.control import Standing
 from brokertask.deadletter import bury_raw
 from brokertask.envelope import Envelope, Message, run_id_of
 from brokertask.errors import BrokertaskError, EnvelopeError, PublishError
-from brokertask.events import Event, event_of
+from brokertask.events import Event, event_of, started_event
 from brokertask.host import AttemptHost
 from brokertask.keeper import Keeper
 from brokertask.lease import Lease
@@ -39,6 +39,7 @@ from brokertask.outcome import (
     Succeeded,
 )
 from brokertask.performer import Performer
+from brokertask.reports import Reports
 from brokertask.settings import Settings
 from brokertask.slots import Slots
 from brokertask.task import Task
@@ -72,8 +73,10 @@ class Executor:
         clock: Clock,
         worker: str,
         standing: Standing,
+        reports: Reports,
     ) -> None:
         self._standing = standing
+        self._reports = reports
         self._performer = performer
         self._keeper = keeper
         self._transport = transport
@@ -265,10 +268,18 @@ class Executor:
             elif expired(envelope, now):
                 outcome = Expired()
             elif envelope.attempt > retry.max_attempts:
-                outcome = await self._performer.give_up(attempt, "crashed", _crashed(envelope))
+                outcome = await self._performer.give_up(attempt, "crashed", attempt.crashes())
             else:
+                if self._reports.wanted:
+                    began = started_event(envelope, at_ms=now, worker=self._worker)
+                    self._reports.tell(began)
                 host = AttemptHost(
-                    attempt, self._keeper.save, self._news, clock=self._clock, worker=self._worker
+                    attempt,
+                    self._keeper.save,
+                    self._news,
+                    clock=self._clock,
+                    worker=self._worker,
+                    reports=self._reports,
                 )
                 outcome = await self._performer.perform(attempt, host, hurry=self._draining)
                 await host.finish()
@@ -383,10 +394,3 @@ def _keep(kept: OrderedDict[Key, T], key: Key, value: T) -> None:
     kept[key] = value
     if len(kept) > KEPT:
         kept.popitem(last=False)
-
-
-def _crashed(envelope: Envelope) -> Exception:
-    return ConnectionAbortedError(
-        f"{envelope.attempt - 1} attempt(s) and no end: the last worker died, was killed, "
-        "ran out of memory, or lost the broker"
-    )

@@ -8,7 +8,9 @@ from typing import Any, Final
 
 from brokertask.attempt import Attempt
 from brokertask.clock import Clock
-from brokertask.events import Event, progress_event, warning_event
+from brokertask.events import Event, progress_event, step_event, warning_event
+from brokertask.places import UNNAMED
+from brokertask.reports import Reports
 
 REPORT_PAUSE: Final = 0.5
 """At least so many seconds are between two events of one run's progress."""
@@ -25,7 +27,10 @@ class AttemptHost:
         *,
         clock: Clock,
         worker: str,
+        reports: Reports,
     ) -> None:
+        self._reports = reports
+        self._steps_told = len(attempt.envelope.memory.steps)
         self._attempt = attempt
         self._save = save
         self._publish = tell
@@ -39,8 +44,18 @@ class AttemptHost:
 
     async def save(self) -> None:
         """Return when the memory survives a crash, if the task wants that of each step."""
+        if self._reports.wanted:
+            self._tell_steps()
         if self._attempt.task.options.checkpoint == "step":
             await self._save(self._attempt)
+
+    def _tell_steps(self) -> None:
+        now, now_ms = self._attempt.now, self._clock.now_ms()
+        for number in range(self._steps_told + 1, len(now.memory.steps) + 1):
+            event = step_event(now, number, at_ms=now_ms, worker=self._worker)
+            if now.memory.steps[number - 1].function not in UNNAMED:
+                self._reports.tell(event)
+        self._steps_told = len(now.memory.steps)
 
     def sleep(self, due_ms: int) -> None:
         """Let the run leave its slot until then."""

@@ -132,6 +132,6 @@ class Intake:
         del self._consumers[task]
         former = self._former.setdefault(task, [])
         former += ended
-        while former and window.idle:
+        while former and not window.taken:
             await former.pop().close()
         log.info("%s is paused", task)

@@ -215,11 +215,12 @@ class Harness:
                 await asyncio.sleep(_PATIENCE / 10)
 
     def _hear(self, message: Message) -> None:
+        # Where a server listens, workers tell of themselves and of what happens within runs.
+        if (status := _STATUS.get(message.type or "")) is None:
+            return
         event = Event.read(message)
-        record = self.runs.setdefault(
-            event.run_id, RunRecord(event.run_id, event.task, _STATUS[event.event])
-        )
-        record.status = _STATUS[event.event]
+        record = self.runs.setdefault(event.run_id, RunRecord(event.run_id, event.task, status))
+        record.status = status
         record.attempts = event.attempt
         record.reason = event.reason
         if event.error is not None:

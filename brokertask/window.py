@@ -33,9 +33,9 @@ class Window:
         self._raising: asyncio.Task[None] | None = None
 
     @property
-    def idle(self) -> bool:
-        """Whether no run is in hands."""
-        return self._taken == 0
+    def taken(self) -> int:
+        """How many runs are in hands."""
+        return self._taken
 
     def read_by(self, consumers: Sequence[Consumer]) -> None:
         """Count on these from now on, each with a prefetch of as many as there are slots."""

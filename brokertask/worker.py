@@ -13,7 +13,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from types import TracebackType
 from typing import Any, Final
 
@@ -25,6 +25,9 @@ from brokertask.intake import Intake
 from brokertask.keeper import Keeper
 from brokertask.manifest import MANIFEST, Manifest, tell
 from brokertask.performer import Performer
+from brokertask.presence import EVERY, WORKER, Presence, State
+from brokertask.reports import Reports
+from brokertask.runlog import RunLog
 from brokertask.settings import Settings
 from brokertask.slots import Slots
 from brokertask.steering import Steering
@@ -70,6 +73,8 @@ class Worker:
         self._telemetry = telemetry
         self._clock = clock
         self._resources = AsyncExitStack()
+        self._called = asyncio.Event()
+        self._started_ms = 0
         self._transport: Transport | None = None
         self._executor: Executor | None = None
         self._inflight: Inflight | None = None
@@ -125,15 +130,17 @@ class Worker:
             ConfigurationError: A queue is missing and may not be declared.
         """
         try:
+            self._started_ms = self._clock.now_ms()
             state = await self._resources.enter_async_context(self._lifespan())
             transport = self._transport = self._connect()
             self._resources.push_async_callback(transport.close)
             await transport.open(timeout=self._settings.connect_timeout)
             if self._settings.declare:
                 await transport.declare(self._topology())
+            reports = self._make_reports(transport)
             inflight = self._inflight = self._make_inflight(transport)
             self._resources.push_async_callback(inflight.close)
-            self._executor = self._make_executor(transport, inflight, state)
+            self._executor = self._make_executor(transport, inflight, reports, state)
             keeping = asyncio.create_task(self._executor.keep())
             self._resources.callback(keeping.cancel)
             self._resources.push_async_callback(self._steering.stop)
@@ -212,7 +219,55 @@ class Worker:
             receive=self._receive_back,
         )
 
-    def _make_executor(self, transport: Transport, inflight: Inflight, state: Any) -> Executor:
+    def _make_reports(self, transport: Transport) -> Reports:
+        """Return how servers are told of what happens here; what runs write to their log begins."""
+        reports = Reports(
+            transport,
+            names=self._settings.names,
+            timeout=self._settings.publish_timeout,
+            wanted=lambda: self._steering.standing.recording,
+        )
+        self._resources.push_async_callback(reports.finish)
+        self._resources.enter_context(RunLog(reports, worker=self.name).attached())
+        appearing = asyncio.create_task(self._appear(reports))
+
+        async def leave() -> None:
+            appearing.cancel()
+            await asyncio.gather(appearing, return_exceptions=True)
+            self._show(reports, "stopped")
+
+        self._resources.push_async_callback(leave)
+        return reports
+
+    async def _appear(self, reports: Reports) -> None:
+        """Say that it is here, at once and every while, or when somebody begins to listen."""
+        while True:
+            self._called.clear()
+            self._show(reports, "working")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(EVERY):
+                    await self._called.wait()
+
+    def _show(self, reports: Reports, state: State) -> None:
+        if not reports.wanted:
+            return
+        to_pause = self._steering.standing.paused
+        tasks = {
+            task: {"slots": window.slots, "busy": window.taken, "paused": task in to_pause}
+            for task, window in self._windows.items()
+        }
+        presence = Presence(
+            worker=self.name,
+            state=state,
+            at_ms=self._clock.now_ms(),
+            started_ms=self._started_ms,
+            tasks=tasks,
+        )
+        reports.send(self._settings.names.event_route(WORKER, self.name), presence.message())
+
+    def _make_executor(
+        self, transport: Transport, inflight: Inflight, reports: Reports, state: Any
+    ) -> Executor:
         performer = Performer(
             worker=self.name,
             clock=self._clock,
@@ -236,6 +291,7 @@ class Worker:
             clock=self._clock,
             worker=self.name,
             standing=self._steering.standing,
+            reports=reports,
         )
 
     def _obey(self, entry: Entry) -> None:
@@ -244,6 +300,9 @@ class Worker:
             self._executor.call_off()
         elif entry.kind in ("pause", "resume"):
             self._intake.change(entry.subject)
+            self._called.set()
+        elif entry.kind == "recording":
+            self._called.set()
 
     def _receive(self, task: Task[Any, Any], delivery: Delivery) -> None:
         assert self._executor is not None

@@ -19,7 +19,18 @@ from brokertask.cli.worker import UNMENDABLE, Processes, on_stop_signals, tasks_
 from brokertask.durations import readable
 from brokertask.envelope import Message
 from brokertask.errors import ConfigurationError, EnvelopeError
-from brokertask.events import CANCELLED, COMPLETED, EXPIRED, FAILED, RETRYING, SLEEPING, Event
+from brokertask.events import (
+    CANCELLED,
+    COMPLETED,
+    EXPIRED,
+    FAILED,
+    LOG,
+    RETRYING,
+    SLEEPING,
+    STARTED,
+    STEP,
+    Event,
+)
 from brokertask.settings import DEV_SOCKET, Settings, mask
 from brokertask.supervisor import Report, Supervisor
 from brokertask.topology import Binding, Queue
@@ -205,6 +216,8 @@ def show_event(message: Message) -> None:
     try:
         event = Event.read(message)
     except EnvelopeError:
+        return
+    if event.event in (STARTED, STEP, LOG):
         return
     parts = [event.task, event.run_id[-SHORT_ID:]]
     if event.attempt > 1 or event.event != COMPLETED:

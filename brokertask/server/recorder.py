@@ -29,8 +29,6 @@ from brokertask.transport.base import Delivery
 log = logging.getLogger("brokertask.server")
 
 BATCH: Final = 500
-PRESENCE: Final = "worker"
-"""The type of what a worker says of itself: no event of a run, and none that a run waits for."""
 
 
 class Recorder:
@@ -90,10 +88,7 @@ class Recorder:
                 there += _presence(message)
             elif (event := _event(message)) is not None:
                 events.append(event)
-            elif (
-                message.type != PRESENCE
-                and (signal := signal_of(message, delivery.key, at_ms=now_ms)) is not None
-            ):
+            elif (signal := signal_of(message, delivery.key, at_ms=now_ms)) is not None:
                 signals.append(signal)
         asked = [trigger_fact(one, kept(one), now_ms=now_ms) for one in _asked(events)]
         facts = asked + [event_fact(event) for event in events if event.event not in (STEP, LOG)]

@@ -349,7 +349,9 @@ class Stage:
 
     async def held(self) -> dict[str, int]:
         """Return what every queue holds that has to be empty in the end; it says who holds more."""
-        names = [queue.name for queue in subject.app.topology().queues]
+        # What is in the control log stays there.
+        control = subject.app.settings.names.control
+        names = [one.name for one in subject.app.topology().queues if one.name != control]
         names = [name for name in names if not name.startswith(self.names.dead_queue(""))]
         depths = await asyncio.gather(*(self.transport.depth(name) for name in names))
         held = {name: depth.ready for name, depth in zip(names, depths, strict=True) if depth}

@@ -152,7 +152,8 @@ class Rehearsal:
         self.clock.advance_to(self.clock.now_ms() + 86_400_000)
         await self.pass_turns(20 * QUIET)
         await self.worker.stop(grace=0)
-        counts = {name: len(self.broker.messages(name)) for name in self.broker.queues}
+        queues = [name for name in self.broker.queues if name != self.app.settings.names.control]
+        counts = {name: len(self.broker.messages(name)) for name in queues}
         return {name: count for name, count in counts.items() if count}
 
 

@@ -355,9 +355,9 @@ async def test_children_end_with_the_run_that_triggered_them(app: App) -> None:
     async with working(app), hearing(app) as ends:
         ended, spared = await root.trigger("a"), await root.trigger("b")
         await until(lambda: len(begun) == 6)
-        await app.client.cancel(ended.run_id)
+        await app.client.cancel(ended.run_id, children=True)
         await until(lambda: len(ends.by_run) == 3)
-        await app.client.cancel(spared.run_id, children=False)
+        await app.client.cancel(spared.run_id)
         assert await is_cancelled(spared)
         await until(lambda: len(ends.by_run) == 4)
         assert {each for some in ends.by_run.values() for each in some} == {"cancelled"}

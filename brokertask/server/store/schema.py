@@ -68,6 +68,7 @@ runs = Table(
         )
         for name in ("parent", "root", "trace_id", "worker")
     ),
+    Index("runs_ended", "ended_ms"),
     Index(
         "runs_failing",
         "triggered_ms",
