@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack
 from typing import Final, Protocol
 
 from brokertask.claims import Claims
 from brokertask.clock import SystemClock
-from brokertask.errors import AccessDenied, BrokertaskError, ConfigurationError
+from brokertask.errors import AccessDenied, BrokertaskError, ConfigurationError, StoreOutdated
 from brokertask.server.admission import Admissions
 from brokertask.server.api.site import Address, Site
 from brokertask.server.asks import Asks
@@ -18,6 +18,7 @@ from brokertask.server.control import Control
 from brokertask.server.outbox import Outbox
 from brokertask.server.recorder import Recorder
 from brokertask.server.resources import Resources
+from brokertask.server.retention import Retention
 from brokertask.server.schedules import Schedules
 from brokertask.server.settings import ServerSettings
 from brokertask.server.store.engine import Database
@@ -116,6 +117,12 @@ class Server:
             "admissions": Admissions(resources),
             "schedules": Schedules(resources),
             "recorder": Recorder(resources, waits, asks),
+            "retention": Retention(
+                store,
+                resources.clock,
+                keep_for=self._server_settings.keep_for,
+                keep_runs=self._server_settings.keep_runs,
+            ),
             "control": Control(resources, waits),
             "api": self.site,
         }
@@ -151,13 +158,24 @@ async def _kept_running(name: str, part: Part) -> None:
         try:
             await part.run()
             log.error("the server's %s has ended; it begins again in %g s", name, backoff)
-        except ConfigurationError:
-            raise
-        except BrokertaskError as error:
-            log.warning("the server's %s begins again in %g s: %s", name, backoff, error)
-        except Exception:
-            log.exception("the server's %s begins again in %g s", name, backoff)
+        except Exception as error:
+            causes = list(_causes(error))
+            for cause in causes:
+                if isinstance(cause, ConfigurationError | StoreOutdated):
+                    raise cause from error
+            expected = all(isinstance(cause, BrokertaskError) for cause in causes)
+            said = "the server's %s begins again in %g s: %s", name, backoff, causes[0]
+            log.warning(*said) if expected else log.exception(*said)
         if loop.time() - began > CALM:
             backoff = FIRST_BACKOFF
         await asyncio.sleep(backoff)
         backoff = min(2 * backoff, LONGEST_BACKOFF)
+
+
+def _causes(error: Exception) -> Iterator[Exception]:
+    """Yield an error, or those in a group of them."""
+    if not isinstance(error, ExceptionGroup):
+        yield error
+        return
+    for each in error.exceptions:
+        yield from _causes(each)

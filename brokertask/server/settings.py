@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from brokertask.errors import ConfigurationError
+from brokertask.settings import Seconds
 
 SCHEMES = ("sqlite+aiosqlite://", "postgresql+asyncpg://")
 
@@ -38,6 +39,10 @@ class ServerSettings(BaseSettings):
     allowed_hosts: tuple[str, ...] = ()
     """Host names that the API answers to beside those of loopback, as a JSON array: the name that
     a proxy in front of it is known by."""
+    keep_for: Annotated[Seconds, Field(ge=60)] = 30 * 86_400.0
+    """How long the history of a run is kept after its end: 1 minute or more."""
+    keep_runs: int | None = Field(default=None, ge=1)
+    """How many runs that have ended are kept, the latest; without it all, within `keep_for`."""
 
 
 def server_settings() -> ServerSettings:

@@ -219,6 +219,7 @@ signals = Table(
     Column("body", LargeBinary, nullable=False),
     Column("at_ms", BigInteger, nullable=False),
     Index("signals_key", "key", "at_ms"),
+    Index("signals_at", "at_ms"),
 )
 asks = Table(
     "asks",

@@ -203,6 +203,7 @@ def upgrade() -> None:
         sa.Column("payload_state", sa.Text(), nullable=True),
         sa.PrimaryKeyConstraint("run_id"),
     )
+    op.create_index("runs_ended", "runs", ["ended_ms"], unique=False)
     op.create_index(
         "runs_failing",
         "runs",
@@ -273,6 +274,7 @@ def upgrade() -> None:
         sa.Column("at_ms", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
+    op.create_index("signals_at", "signals", ["at_ms"], unique=False)
     op.create_index("signals_key", "signals", ["key", "at_ms"], unique=False)
     op.create_table(
         "steps",
