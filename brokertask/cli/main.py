@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from brokertask import __version__
-from brokertask.cli import dead, queues, runs, schedules, tokens, topology, waits
+from brokertask.cli import control, dead, queues, runs, schedules, tokens, topology, waits
 from brokertask.cli.asyncapi import asyncapi
 from brokertask.cli.dev import dev
 from brokertask.cli.doctor import doctor
@@ -55,5 +55,7 @@ app.add_typer(topology.app, name="topology")
 app.add_typer(waits.app, name="waits")
 app.add_typer(schedules.app, name="schedules")
 app.add_typer(queues.app, name="queues")
+runs.app.command()(control.cancel)
 app.add_typer(runs.app, name="runs")
+app.add_typer(control.app, name="tasks")
 app.add_typer(tokens.app, name="tokens")
