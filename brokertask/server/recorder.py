@@ -1,7 +1,8 @@
 """The part of a server that writes history: it takes in events, and copies of triggers.
 
 Each batch is one transaction, and is acked after it: what was not written comes again. Then those
-are told that wait for the end of a run, or for an event of a user's own.
+are told that wait for the end of a run, or for an event of a user's own. A message that no database
+takes is logged and left out, so that it does not keep the others from being written.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
+from brokertask.durations import readable
 from brokertask.envelope import Envelope, Message
-from brokertask.errors import AccessDenied, EnvelopeError
+from brokertask.errors import AccessDenied, BrokertaskError, EnvelopeError
 from brokertask.events import ENDS, LOG, STEP, Event, asked_for
 from brokertask.presence import WORKER, Presence
-from brokertask.server import details, history, workers
+from brokertask.server import details, history, servers, workers
 from brokertask.server.asks import Asks
 from brokertask.server.batches import Batches
 from brokertask.server.outcomes import ending_of, record_endings, record_signals, signal_of
@@ -29,13 +31,16 @@ from brokertask.transport.base import Delivery
 log = logging.getLogger("brokertask.server")
 
 BATCH: Final = 500
+LATE_MS: Final = 10_000
+"""Of a lag that is worth a warning."""
+Take: TypeAlias = Callable[[Sequence[Delivery], int], Awaitable[None]]
 
 
 class Recorder:
     """Writes history; one of several servers' parts that may do so at once.
 
     Attributes:
-        lag_ms: How old the latest event was when it was written.
+        lag_ms: How old an event was when it was written: the oldest of the last 10 s.
     """
 
     def __init__(self, resources: Resources, waits: Waits, asks: Asks) -> None:
@@ -43,6 +48,7 @@ class Recorder:
         self._waits = waits
         self._asks = asks
         self._bound: set[str] = set()
+        self._late_ms = 0
         self.lag_ms = 0
 
     async def run(self) -> None:
@@ -53,16 +59,30 @@ class Recorder:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._consume("events", self._hear))
             group.create_task(self._consume("triggers", self._see))
+            group.create_task(self._tell())
 
-    async def _consume(
-        self, queue: str, take: Callable[[Sequence[Delivery], int], Awaitable[None]]
-    ) -> None:
+    async def _consume(self, queue: str, take: Take) -> None:
         resources = self._resources
         async with Batches(resources.transport, f"{resources.names.server}.{queue}", BATCH) as some:
             async for deliveries in some:
-                await take(deliveries, resources.clock.now_ms())
+                await self._take(deliveries, take)
                 for delivery in deliveries:
                     await delivery.ack()
+
+    async def _take(self, deliveries: Sequence[Delivery], take: Take) -> None:
+        """Take in a batch; if that fails, each by itself, but for those that fail again."""
+        try:
+            await take(deliveries, self._resources.clock.now_ms())
+        except BrokertaskError:
+            raise
+        except Exception:
+            if len(deliveries) > 1:
+                for delivery in deliveries:
+                    await self._take([delivery], take)
+                return
+            message = deliveries[0].message
+            run = message.correlation_id or message.message_id
+            log.exception("%s of run %s cannot be recorded: left out", message.type, run)
 
     async def _see(self, deliveries: Sequence[Delivery], now_ms: int) -> None:
         """Write what copies of triggers tell."""
@@ -105,7 +125,19 @@ class Recorder:
         await self._asks.ended(run_ids)
         await self._bind({event.task for event in events})
         if events:
-            self.lag_ms = max(0, now_ms - events[-1].at_ms)
+            oldest_ms = min(event.at_ms for event in events)
+            self._late_ms = max(self._late_ms, self._resources.clock.now_ms() - oldest_ms)
+
+    async def _tell(self) -> None:
+        """Say that this server is there, and how far behind it is."""
+        while True:
+            self.lag_ms, self._late_ms = self._late_ms, 0
+            if self.lag_ms > LATE_MS:
+                log.warning("history is %s behind", readable(self.lag_ms / 1000))
+            async with self._resources.store.begin() as connection:
+                now_ms = self._resources.clock.now_ms()
+                await servers.record(connection, now_ms=now_ms, lag_ms=self.lag_ms)
+            await asyncio.sleep(servers.EVERY)
 
     async def _bind(self, tasks: Iterable[str]) -> None:
         """Have copies of the triggers of tasks from now on."""

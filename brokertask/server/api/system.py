@@ -7,6 +7,7 @@ from typing import Final
 from pydantic import BaseModel
 
 from brokertask import __version__
+from brokertask.server import servers
 from brokertask.server.api import audit
 from brokertask.server.api.auth import Role
 from brokertask.server.api.operations import Call, Routes
@@ -46,6 +47,26 @@ async def show_me(call: Call) -> Me:
     """Show who asks."""
     who = call.principal
     return Me(name=who.name, role=who.role, payloads=who.payloads, version=__version__)
+
+
+class ServerView(BaseModel):
+    """A server that is there."""
+
+    server: str
+    """Its host and its process."""
+    version: str
+    started_ms: int
+    seen_ms: int
+    lag_ms: int
+    """How old an event was when it was written into history: the oldest of the last 10 s."""
+
+
+@routes.get("/servers")
+async def list_servers(call: Call) -> list[ServerView]:
+    """List the servers on this store, and how far behind each is with history."""
+    async with call.resources.store.read() as connection:
+        rows = await servers.listed(connection, now_ms=call.now_ms)
+    return [ServerView.model_validate(row) for row in rows]
 
 
 @routes.get("/audit", role="admin")

@@ -147,6 +147,16 @@ workers = Table(
     Column("tasks", LargeBinary, nullable=False),
 )
 
+servers = Table(
+    "servers",
+    metadata,
+    Column("server", Text, primary_key=True),
+    Column("version", Text, nullable=False),
+    Column("started_ms", BigInteger, nullable=False),
+    Column("seen_ms", BigInteger, nullable=False),
+    Column("lag_ms", BigInteger, nullable=False),
+)
+
 # -- waits: runs that wait, and what they wait for
 
 parked = Table(

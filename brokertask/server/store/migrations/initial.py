@@ -267,6 +267,15 @@ def upgrade() -> None:
     op.create_index("schedules_due", "schedules", ["due_ms"], unique=False)
     op.create_index("schedules_task", "schedules", ["task"], unique=False)
     op.create_table(
+        "servers",
+        sa.Column("server", sa.Text(), nullable=False),
+        sa.Column("version", sa.Text(), nullable=False),
+        sa.Column("started_ms", sa.BigInteger(), nullable=False),
+        sa.Column("seen_ms", sa.BigInteger(), nullable=False),
+        sa.Column("lag_ms", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("server"),
+    )
+    op.create_table(
         "signals",
         sa.Column("id", sa.Text(), nullable=False),
         sa.Column("key", sa.Text(), nullable=False),
