@@ -18,9 +18,34 @@ PORT: Final = 5432
 USER: Final = "brokertask"
 
 
+class Cluster:
+    """A cluster in a folder of its own, which may be stopped and started."""
+
+    def __init__(self, programs: Path, folder: Path) -> None:
+        self._programs = programs
+        self._folder = folder
+        self.url = f"postgresql+asyncpg://{USER}@/postgres?host={folder}"
+        """Of a database in it, for SQLAlchemy."""
+
+    def start(self) -> None:
+        """Start it, and return when it answers."""
+        # What is tested is our side of a crash; the disk is trusted.
+        options = (
+            f"-p {PORT} -k {self._folder} -c listen_addresses= -c max_connections=60 -c fsync=off"
+        )
+        self._control("start", "-o", options, "-l", self._folder / "log")
+
+    def stop(self) -> None:
+        """Stop it as a crash would."""
+        self._control("stop", "-m", "immediate")
+
+    def _control(self, *words: object) -> None:
+        _run(self._programs / "pg_ctl", "-D", self._folder / "data", "-w", *words)
+
+
 @contextmanager
-def cluster() -> Iterator[str]:
-    """Start a cluster, and give the URL of a database in it, for SQLAlchemy."""
+def private_cluster() -> Iterator[Cluster]:
+    """Start a cluster, and stop it at the end of the block."""
     found = sorted(PROGRAMS.glob("*/bin"))
     if not found:
         raise RuntimeError(f"there is no PostgreSQL below {PROGRAMS}: apt-get install postgresql")
@@ -30,18 +55,22 @@ def cluster() -> Iterator[str]:
     owner = _owner()
     os.chown(folder, owner.pw_uid, owner.pw_gid)
     try:
-        data = folder / "data"
-        _run(programs / "initdb", "-D", data, "-A", "trust", "-U", USER, "--no-sync")
-        # What is tested is our side of a crash; the disk is trusted.
-        options = f"-p {PORT} -k {folder} -c listen_addresses= -c max_connections=60 -c fsync=off"
-        log = folder / "log"
-        _run(programs / "pg_ctl", "-D", data, "-o", options, "-l", log, "-w", "start")
+        _run(programs / "initdb", "-D", folder / "data", "-A", "trust", "-U", USER, "--no-sync")
+        cluster = Cluster(programs, folder)
+        cluster.start()
         try:
-            yield f"postgresql+asyncpg://{USER}@/postgres?host={folder}"
+            yield cluster
         finally:
-            _run(programs / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
+            cluster.stop()
     finally:
         shutil.rmtree(folder)
+
+
+@contextmanager
+def cluster() -> Iterator[str]:
+    """Start a cluster, and give the URL of a database in it, for SQLAlchemy."""
+    with private_cluster() as own:
+        yield own.url
 
 
 def _owner() -> pwd.struct_passwd:

@@ -137,6 +137,8 @@ class Recorder:
             async with self._resources.store.begin() as connection:
                 now_ms = self._resources.clock.now_ms()
                 await servers.record(connection, now_ms=now_ms, lag_ms=self.lag_ms)
+                known = await history.tasks(connection)
+            await self._bind(known)
             await asyncio.sleep(servers.EVERY)
 
     async def _bind(self, tasks: Iterable[str]) -> None:
