@@ -323,6 +323,14 @@ api_tokens = Table(
     Column("revoked_ms", BigInteger),
     Column("used_ms", BigInteger),
 )
+console_sessions = Table(
+    "console_sessions",
+    metadata,
+    Column("hash", LargeBinary, primary_key=True),
+    Column("token", Text, nullable=False),
+    Column("until_ms", BigInteger, nullable=False),
+    Index("console_sessions_until", "until_ms"),
+)
 audit = Table(
     "audit",
     metadata,

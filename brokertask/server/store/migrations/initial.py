@@ -81,6 +81,14 @@ def upgrade() -> None:
     )
     op.create_index("conditions_subject", "conditions", ["kind", "subject"], unique=False)
     op.create_table(
+        "console_sessions",
+        sa.Column("hash", sa.LargeBinary(), nullable=False),
+        sa.Column("token", sa.Text(), nullable=False),
+        sa.Column("until_ms", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("hash"),
+    )
+    op.create_index("console_sessions_until", "console_sessions", ["until_ms"], unique=False)
+    op.create_table(
         "endings",
         sa.Column("run_id", sa.Text(), nullable=False),
         sa.Column("task", sa.Text(), nullable=False),
