@@ -31,6 +31,10 @@ class Shop:
     broken: bool = True
 
 
+async def look(order: str) -> str:
+    return order
+
+
 @asynccontextmanager
 async def shop(app: App | None = None) -> AsyncIterator[Shop]:
     owner = app or App("shop", settings=Settings(amqp_url="memory:"))
@@ -44,6 +48,7 @@ async def shop(app: App | None = None) -> AsyncIterator[Shop]:
 
     @owner.task
     async def hold(order: str, ctx: Context) -> str:
+        await ctx.step("look", look, order)
         await made.open.wait()
         return order
 

@@ -14,6 +14,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from brokertask.server.api import (
+    beginnings,
     control,
     results,
     runs,
@@ -34,7 +35,7 @@ from brokertask.server.resources import Resources
 
 OPERATIONS: Final[tuple[Operation, ...]] = tuple(
     operation
-    for module in (triggers, runs, results, control, tasks, waits, schedules, system)
+    for module in (triggers, runs, beginnings, results, control, tasks, waits, schedules, system)
     for operation in module.routes.operations
 )
 """Every operation, in the order of the document."""

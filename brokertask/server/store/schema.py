@@ -110,6 +110,16 @@ known_tasks = Table(
     Column("schemas_ms", BigInteger),
 )
 
+beginnings = Table(
+    "beginnings",
+    metadata,
+    Column("run_id", Text, primary_key=True),
+    Column("redrives", Integer, primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("seq", Integer, primary_key=True),
+    Column("worker", Text, nullable=False),
+    Column("began_ms", BigInteger, nullable=False),
+)
 steps = Table(
     "steps",
     metadata,

@@ -7,16 +7,20 @@ from typing import Any, Final
 
 from starlette.responses import Response
 
+from brokertask.server import details
+from brokertask.server.api.beginnings import list_beginnings
 from brokertask.server.api.problems import Problem
 from brokertask.server.api.results import ResultQuery, follow_run, show_result
 from brokertask.server.api.runs import list_attempts, show_payload, show_run
 from brokertask.server.api.waits import list_waits_of_run
 from brokertask.server.console import html
 from brokertask.server.console.desk import Pages
-from brokertask.server.console.timeline import spans
+from brokertask.server.console.timeline import Told, spans
 from brokertask.server.console.visit import Visit
 
 pages: Final = Pages()
+MAX_STEPS: Final = 20_000
+"""Of a timeline; more are too thin to be seen."""
 _AT_ONCE: Final = ResultQuery()
 
 
@@ -26,15 +30,31 @@ async def show(visit: Visit) -> Response:
     run_id = visit.part("run_id")
     run = await visit.ask(show_run, run_id=run_id)
     attempts = await visit.ask(list_attempts, run_id=run_id)
-    waits = await visit.ask(list_waits_of_run, run_id=run_id)
-    return visit.page(
-        "run.html",
+    return visit.page("run.html", run=run, attempts=attempts, metadata=html.block(run.metadata))
+
+
+@pages.get("runs/{run_id}/timeline.json")
+async def show_timeline(visit: Visit) -> Response:
+    """Give its spans: depth, kind, label, status, since, until and note of each."""
+    run_id = visit.part("run_id")
+    run = await visit.ask(show_run, run_id=run_id)
+    async with visit.gate.resources.store.read() as connection:
+        steps = await details.steps_of(connection, run_id)
+    told = Told(
         run=run,
-        attempts=attempts,
-        waits=waits,
-        spans=spans(run, attempts, waits),
-        metadata=html.block(run.metadata),
+        attempts=await visit.ask(list_attempts, run_id=run_id),
+        beginnings=await visit.ask(list_beginnings, run_id=run_id),
+        steps=steps,
+        waits=await visit.ask(list_waits_of_run, run_id=run_id),
     )
+    rows = [
+        [
+            *(span.depth, span.kind, html.plain(span.label), span.status),
+            *(span.since_ms, span.until_ms, html.plain(span.note)[: html.MAX_LINE]),
+        ]
+        for span in spans(told)
+    ]
+    return Response(json.dumps({"now": visit.now_ms, "spans": rows}), media_type="application/json")
 
 
 @pages.get("live/runs/{run_id}")

@@ -61,6 +61,16 @@ def upgrade() -> None:
     )
     op.create_index("audit_at", "audit", ["at_ms", "id"], unique=False)
     op.create_table(
+        "beginnings",
+        sa.Column("run_id", sa.Text(), nullable=False),
+        sa.Column("redrives", sa.Integer(), nullable=False),
+        sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("seq", sa.Integer(), nullable=False),
+        sa.Column("worker", sa.Text(), nullable=False),
+        sa.Column("began_ms", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("run_id", "redrives", "attempt", "seq"),
+    )
+    op.create_table(
         "cancels",
         sa.Column("run_id", sa.Text(), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
