@@ -133,6 +133,7 @@ class _Life:
         finally:
             for task in (parent, beating):
                 task.cancel()
+            self._report()
             self._writer.close()
         _exit_surely(code)
         return code
