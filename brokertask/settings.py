@@ -6,7 +6,7 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -17,6 +17,7 @@ from brokertask.payloads import check_url
 from brokertask.topology import Names
 
 DEFAULT_URL: Final = "amqp://guest:guest@127.0.0.1:5672/"
+DataPlane: TypeAlias = Literal["direct", "aio-pika"]
 DEV_SOCKET: Final = Path(".brokertask/dev.sock")
 """Where `brokertask dev` listens, below the folder it was started in."""
 _SCHEMES: Final = ("amqp://", "amqps://", "memory:", "unix:")
@@ -81,6 +82,9 @@ class Settings(BaseSettings):
     """How long a caller waits for a connection before `BrokerUnavailable`."""
     publish_timeout: Seconds = 30.0
     """How long a publish may take before `PublishUnknown` or `BrokerBlocked`."""
+    data_plane: DataPlane = "direct"
+    """Who handles the frames that carry messages, acks and confirms: brokertask itself, or
+    aio-pika at many times the cost."""
     max_payload_bytes: int = Field(default=1_048_576, ge=1_024, le=16_777_216)
     """The largest payload or result in a message, in msgpack; 16 MiB is RabbitMQ's own limit."""
     max_memory_bytes: int = Field(default=1_048_576, ge=1_024, le=8_388_608)

@@ -11,7 +11,7 @@ from pamqp import decode
 from pamqp.commands import Basic
 
 from brokertask.envelope import Message
-from brokertask.topology import UNLIMITED_DELIVERIES, Route
+from brokertask.topology import Route
 from brokertask.transport.base import own_headers
 
 PERSISTENT: Final = 2
@@ -69,15 +69,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     return bytes(value) if isinstance(value, bytearray) else value
-
-
-def lost_deliveries(delivered: DeliveredMessage) -> int:
-    """Return how often a quorum queue delivered this before in vain.
-
-    A publisher may have written the header, with any number in it.
-    """
-    count = (delivered.header.properties.headers or {}).get("x-delivery-count", 0)
-    return min(max(0, count), UNLIMITED_DELIVERIES) if isinstance(count, int) else 0
 
 
 _UNREADABLE: Final = (ValueError, OverflowError, OSError, RecursionError)
