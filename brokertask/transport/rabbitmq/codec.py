@@ -1,4 +1,4 @@
-"""`Message` to and from AMQP 0-9-1 properties and headers."""
+"""`Message` to and from the properties and headers of pamqp, for `plain`."""
 
 from __future__ import annotations
 
@@ -105,5 +105,6 @@ def _read_any(data: bytes, kind: str) -> tuple[int, object]:
         return 4 + int.from_bytes(data[:4], "big"), {"bt-version": "unreadable"}
 
 
-# docs/decisions/0008-properties-that-cannot-be-read.md
-Basic.Properties.unmarshal = _read_any_properties  # type: ignore[assignment,method-assign]
+def forgive() -> None:
+    """Have pamqp read any properties; docs/decisions/0008-properties-that-cannot-be-read.md."""
+    Basic.Properties.unmarshal = _read_any_properties  # type: ignore[assignment,method-assign]

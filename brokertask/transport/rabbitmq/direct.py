@@ -35,6 +35,7 @@ log = logging.getLogger("brokertask.rabbitmq")
 
 WINDOW: Final = 1_000
 """Publishes of one channel that wait for their confirm at a time; the others wait for them."""
+_UNWRITABLE: Final = (TypeError, ValueError, OverflowError, RecursionError, struct.error)
 MAX_BODY: Final = 536_870_912
 """RabbitMQ takes no larger message."""
 
@@ -165,7 +166,7 @@ class DirectLane:
             packed = properties.pack(message, route, message_id)
             first = frames.publish(self._number, route.exchange, route.key, mandatory=mandatory)
             rest = frames.content(self._number, packed, message.body, frame_max=self._frame_max)
-        except (TypeError, ValueError, OverflowError, struct.error) as error:
+        except _UNWRITABLE as error:
             raise InvalidPayload(f"a message property cannot be sent: {error}") from error
         await self._admit(message_id, deadline)
         answer: asyncio.Future[None] = self._loop.create_future()

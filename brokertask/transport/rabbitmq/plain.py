@@ -17,7 +17,7 @@ from brokertask.envelope import Message
 from brokertask.errors import InvalidPayload
 from brokertask.topology import Route
 from brokertask.transport.rabbitmq import failures
-from brokertask.transport.rabbitmq.codec import message_of, properties_of
+from brokertask.transport.rabbitmq.codec import forgive, message_of, properties_of
 from brokertask.transport.rabbitmq.lane import RPC_TIMEOUT, Receive
 from brokertask.transport.rabbitmq.waiting import is_blocked, raise_if_cancelled, until_unblocked
 
@@ -27,6 +27,7 @@ class PlainLane:
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
+        forgive()
         self._over = False
         self._in_flight: dict[str, asyncio.Event] = {}
 

@@ -43,14 +43,13 @@ MORE_FLAGS: Final = 1
 PERSISTENT: Final = b"\2"
 UNREADABLE: Final[Mapping[str, Any]] = {"bt-version": "unreadable"}
 """For headers that cannot be read: the message is buried, as any other that is no run."""
-MAX_DEPTH: Final = 100
 LAST_SECOND: Final = 0xFFFF_FFFF
 """A later timestamp counts ms, whatever the specification says."""
 
 _FLAGS: Final = Struct(">H")
 _LENGTH: Final = Struct(">I")
 _INSTANT: Final = Struct(">Q")
-_FAILURES: Final = (ValueError, IndexError, struct.error, OverflowError)
+_FAILURES: Final = (ValueError, IndexError, struct.error, RecursionError)
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -60,7 +59,8 @@ def pack(message: Message, route: Route, message_id: str) -> bytes:
     """Return the properties of `message`, to be published as `message_id` and persistently.
 
     Raises:
-        TypeError, ValueError, OverflowError, struct.error: Something has no form on the wire.
+        TypeError, ValueError, OverflowError, RecursionError, struct.error: Something has no form
+            on the wire.
     """
     flags = DELIVERY_MODE | MESSAGE_ID
     parts = [b""]
@@ -258,15 +258,25 @@ def _name(raw: bytes) -> str:
     return raw.decode()
 
 
-def _table(data: bytes, at: int, end: int, depth: int = 0) -> dict[str, object]:
+def _table(data: bytes, at: int, end: int) -> dict[str, object]:
     table: dict[str, object] = {}
     while at < end:
         named = at + 1 + data[at]
         name = _name(data[at + 1 : named])
-        table[name], at = _value(data, named, depth)
+        table[name], at = _value(data, named)
     if at != end:
         raise ValueError("a table that is longer than it says")
     return table
+
+
+def _array(data: bytes, at: int, end: int) -> list[object]:
+    items = []
+    while at < end:
+        item, at = _value(data, at)
+        items.append(item)
+    if at != end:
+        raise ValueError("an array that is longer than it says")
+    return items
 
 
 _FIXED: Final[Mapping[int, Struct]] = {
@@ -280,53 +290,44 @@ _TEXT, _BYTES, _TABLE, _ARRAY, _TIME, _DECIMAL = b"SxFATD"
 _NOTHING: Final = b"V\0"
 
 
-def _value(data: bytes, at: int, depth: int) -> tuple[object, int]:
+def _value(data: bytes, at: int) -> tuple[object, int]:
     """Return the value whose type is at `at`, and where the next one begins."""
     kind = data[at]
     at += 1
-    if kind == _TEXT:
-        (length,) = _LENGTH.unpack_from(data, at)
-        end = at + 4 + length
-        raw = data[at + 4 : end]
-        try:
-            return raw.decode(), end
-        except UnicodeDecodeError:
-            return raw, end
-    form = _FIXED.get(kind)
-    if form is not None:
+    if (form := _FIXED.get(kind)) is not None:
         return form.unpack_from(data, at)[0], at + form.size
     if kind in _NOTHING:
         return None, at
-    return _rare(kind, data, at, depth + 1)
-
-
-def _rare(kind: int, data: bytes, at: int, depth: int) -> tuple[object, int]:
-    if kind == _TIME:
-        (instant,) = _INSTANT.unpack_from(data, at)
-        # As everywhere in brokertask, an instant is ms since the epoch.
-        return instant if instant > LAST_SECOND else instant * 1000, at + 8
-    if kind == _DECIMAL:
-        (raw,) = _LENGTH.unpack_from(data, at + 1)
-        return Decimal(raw).scaleb(-data[at]), at + 5
+    if kind in (_TIME, _DECIMAL):
+        return _rare(kind, data, at)
     (length,) = _LENGTH.unpack_from(data, at)
     at += 4
     end = at + length
-    if depth > MAX_DEPTH or end > len(data):
-        raise ValueError("headers too deep, or cut off")
+    if kind == _TEXT:
+        return _text(data[at:end]), end
+    if end > len(data):
+        raise ValueError("headers that are cut off")
+    if kind == _TABLE:
+        return _table(data, at, end), end
+    if kind == _ARRAY:
+        return _array(data, at, end), end
     if kind == _BYTES:
         return data[at:end], end
-    if kind == _TABLE:
-        return _table(data, at, end, depth), end
-    if kind == _ARRAY:
-        return _array(data, at, end, depth), end
     raise ValueError(f"a header of type {kind}")
 
 
-def _array(data: bytes, at: int, end: int, depth: int) -> list[object]:
-    items = []
-    while at < end:
-        item, at = _value(data, at, depth)
-        items.append(item)
-    if at != end:
-        raise ValueError("an array that is longer than it says")
-    return items
+def _text(raw: bytes) -> str | bytes:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw
+
+
+def _rare(kind: int, data: bytes, at: int) -> tuple[object, int]:
+    if kind == _DECIMAL:
+        (digits,) = _LENGTH.unpack_from(data, at + 1)
+        return Decimal(digits).scaleb(-data[at]), at + 5
+    # As everywhere in brokertask, an instant is ms since the epoch.
+    if (instant := _ms(data[at : at + 8])) is None:
+        raise ValueError("an instant after the year 9999")
+    return instant, at + 8
