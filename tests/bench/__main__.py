@@ -1,0 +1,114 @@
+"""brokertask beside its peers: `make bench`, or `python -m tests.bench [--quick] [--gate]`.
+
+docs/performance.md is what it writes, and says how it measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from infra.rabbitmq.node import Node
+from tests.bench import report
+from tests.bench.case import CASES, QUICK, Case, groups
+from tests.bench.goals import GOALS
+from tests.bench.process import ROOT, BenchError
+from tests.bench.results import Results
+from tests.bench.round import measure
+from tests.bench.stage import Stage
+from tests.bench.system import TOOLS
+
+ROUNDS: Final = 5
+SAMPLES: Final = TOOLS / "samples.jsonl"
+DOCS: Final = ROOT / "docs"
+
+
+def bench(
+    stage: Stage, results: Results, cases: Sequence[Case], rounds: int, samples: Path | None = None
+) -> None:
+    """Measure, group by group; within one, the rounds of all its cases and systems alternate.
+
+    What could not be measured is told, and left out. `samples` is written after each group.
+    """
+    for group in dict.fromkeys(case.group for case in cases):
+        chosen = [case for case in cases if case.group == group]
+        results.forget(case.name for case in chosen)
+        for number in range(rounds):
+            for case in chosen:
+                if number < (case.rounds or rounds):
+                    _round(stage, results, case, number)
+        if samples is not None:
+            results.save(samples)
+        print(f"\n{report.group_table(results, group)}\n", flush=True)
+
+
+def _round(stage: Stage, results: Results, case: Case, number: int) -> None:
+    for system in case.systems:
+        try:
+            sample = measure(stage, case, system, number)
+        except BenchError as error:
+            print(f"{case.name} {system}: not measured: {error}", file=sys.stderr, flush=True)
+            continue
+        results.add(sample)
+        told = "  ".join(f"{name} {figure:.4g}" for name, figure in sample.figures.items())
+        print(f"{number + 1}  {case.name:14} {system:21} {told}", flush=True)
+
+
+def missed(results: Results) -> list[str]:
+    """Return the goals of processor time that are not met."""
+    return [goal.about for goal in GOALS if goal.by_cpu and goal.verdict(results) == "not met"]
+
+
+def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
+    """Return what the command line asks for."""
+    cases = [case.quick() for case in CASES if case.name in QUICK] if arguments.quick else CASES
+    wanted = arguments.cases.split(",") if arguments.cases else groups()
+    if unknown := set(wanted) - set(groups()):
+        raise SystemExit(f"no group {', '.join(unknown)}; there are: {', '.join(groups())}")
+    return [case for case in cases if case.group in wanted]
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the main cases, once; writes nothing")
+    parser.add_argument("--cases", metavar="GROUP,…", help="only these, the rest as it was")
+    parser.add_argument("--rounds", type=int, help=f"by default {ROUNDS}, or 1 with --quick")
+    parser.add_argument("--gate", action="store_true", help="fail if a goal of CPU is not met")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Measure, print, write the page, and exit with 1 if `--gate` finds a goal missed."""
+    arguments = parse()
+    cases = chosen_cases(arguments)
+    for needed in (TOOLS / "venv", TOOLS / "client"):
+        if not needed.exists():
+            raise SystemExit(f"{needed} is missing; run: make bench")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    results = Results.load(SAMPLES) if arguments.cases and not arguments.quick else Results()
+    with tempfile.TemporaryDirectory(prefix="brokertask-bench-") as folder:
+        node = Node.create(Path(folder) / "node")
+        try:
+            facts = report.Facts.of(node.start())
+            rounds = arguments.rounds or (1 if arguments.quick else ROUNDS)
+            with Stage(node, Path(folder)) as stage:
+                samples = None if arguments.quick else SAMPLES
+                bench(stage, results, cases, rounds, samples)
+        finally:
+            node.destroy()
+    print(report.goals_table(results))
+    if not arguments.quick:
+        (DOCS / "performance.md").write_text(report.page(results, facts), encoding="utf-8")
+        (DOCS / "performance.svg").write_text(report.plot(results), encoding="utf-8")
+    if arguments.gate and (wrong := missed(results)):
+        raise SystemExit("not met: " + "; ".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
