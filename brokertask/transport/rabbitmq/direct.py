@@ -36,6 +36,7 @@ log = logging.getLogger("brokertask.rabbitmq")
 WINDOW: Final = 1_000
 """Publishes of one channel that wait for their confirm at a time; the others wait for them."""
 _UNWRITABLE: Final = (TypeError, ValueError, OverflowError, RecursionError, struct.error)
+_CLOSES: Final = (frames.CHANNEL_CLOSE, frames.CHANNEL_CLOSE_OK)
 MAX_BODY: Final = 536_870_912
 """RabbitMQ takes no larger message."""
 
@@ -101,7 +102,7 @@ class DirectLane:
 
     def _take_method(self, data: bytes, start: int, end: int) -> bool:
         method = data[start : start + 4]
-        if self._incoming is not None:
+        if self._incoming is not None and method not in _CLOSES:
             raise FrameError("a message without its content")
         if method == frames.DELIVER:
             self._incoming = _Incoming(*frames.read_delivery(data, start, end))
@@ -116,7 +117,7 @@ class DirectLane:
             self._write(frames.flow_ok(self._number, active=self._flowing))
             self.changed()
         else:
-            if method in (frames.CHANNEL_CLOSE, frames.CHANNEL_CLOSE_OK):
+            if method in _CLOSES:
                 # One more frame on a closed channel would cost the connection.
                 self._stop()
             return False

@@ -77,7 +77,7 @@ class Tap(asyncio.StreamReaderProtocol):
         self._told = 0.0
         self._out: list[bytes] = []
         self._unsent = 0
-        self._paused = False
+        self._full = False
         self._broken = False
 
     def add(self, channel: int, taker: Taker) -> None:
@@ -193,18 +193,18 @@ class Tap(asyncio.StreamReaderProtocol):
 
     def pause_writing(self) -> None:
         """The socket takes no more: the broker, or the network, is slower than we are."""
-        self._paused = True
+        self._full = True
         self._look()
         super().pause_writing()
 
     def resume_writing(self) -> None:
         """The socket takes more again."""
-        self._paused = False
+        self._full = False
         self._look()
         super().resume_writing()
 
     def _look(self) -> None:
-        clear = not (self.blocked or self._paused or self._unsent > HIGH_WATER)
+        clear = not (self.blocked or self._full or self._unsent > HIGH_WATER)
         if clear != self.clear:
             self.clear = clear
             for taker in self._takers.values():
