@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import (
@@ -26,7 +26,8 @@ import anyio
 from pydantic import TypeAdapter
 
 from brokertask import typed
-from brokertask.client import Client, TriggerOptions
+from brokertask.batch import Source, as_they_come
+from brokertask.client import Client
 from brokertask.context import Context
 from brokertask.durations import Duration, seconds
 from brokertask.errors import (
@@ -36,6 +37,7 @@ from brokertask.errors import (
     UnsupportedType,
 )
 from brokertask.functions import adapter, call, is_async
+from brokertask.request import TriggerOptions
 from brokertask.retry import Retry
 from brokertask.run import Run
 from brokertask.topology import QueueOptions, TaskQueue, check_task_id
@@ -147,12 +149,25 @@ class Task(Generic[P, R]):
             InvalidPayload: One is not of the task's type; nothing was sent.
             BatchError: Some were not taken; its `results` tell of each.
         """
-        _check_names("trigger_many", options, TriggerOptions)
-        if options.pop("run_id", None) is not None:
-            raise InvalidOption("trigger_many: each run has an id of its own; leave out run_id")
+        _check_many("trigger_many", options)
         dumped = [self.dump(payload) for payload in payloads]
         return await self.client.trigger_many(
             self.id, dumped, result=self.result_type, **cast("Any", options)
+        )
+
+    def trigger_stream(
+        self, payloads: Source[P], **options: Unpack[TriggerOptions]
+    ) -> AsyncIterator[Run[R]]:
+        """Ask for a run for each payload while they come, and yield the runs in order.
+
+        For more than fits in memory. It fails as `trigger_many`; the runs it yielded were taken.
+        """
+        _check_many("trigger_stream", options)
+        return self.client.trigger_stream(
+            self.id,
+            (self.dump(payload) async for payload in as_they_come(payloads)),
+            result=self.result_type,
+            **cast("Any", options),
         )
 
     @overload
@@ -368,6 +383,12 @@ def _check_names(where: str, given: Any, allowed: type) -> None:
             close = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names)}"
             raise InvalidOption(f"{where} has no option {name!r}; {hint}")
+
+
+def _check_many(where: str, given: Any) -> None:
+    _check_names(where, given, TriggerOptions)
+    if given.pop("run_id", None) is not None:
+        raise InvalidOption(f"{where}: each run has an id of its own; leave out run_id")
 
 
 def _where(function: Callable[..., Any]) -> str:
