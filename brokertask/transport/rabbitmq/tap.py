@@ -9,7 +9,6 @@ socket ──► Tap ──► a lane, if the channel has one and the frame is o
 from __future__ import annotations
 
 import asyncio
-import logging
 import struct
 from typing import Any, Final, Protocol, cast
 
@@ -28,8 +27,6 @@ from brokertask.transport.rabbitmq.frames import (
     OVERHEAD,
     FrameError,
 )
-
-log = logging.getLogger("brokertask.rabbitmq")
 
 UNTUNED_FRAME_MAX: Final = 1_048_576
 """Until the two sides have agreed on one."""
@@ -157,7 +154,6 @@ class Tap(asyncio.StreamReaderProtocol):
     def _break(self, error: Exception) -> None:
         """End a connection whose bytes make no sense; whoever uses it connects again."""
         self._broken = True
-        log.error("the broker sent what is no AMQP: %s", error)
         self._reader.set_exception(ConnectionResetError(f"what came is no AMQP: {error}"))
         if self._socket is not None:
             self._socket.abort()
