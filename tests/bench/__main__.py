@@ -33,7 +33,7 @@ def bench(
 ) -> None:
     """Measure, group by group; within one, the rounds of all its cases and systems alternate.
 
-    What could not be measured is told, and left out. `samples` is written after each group.
+    What could not be measured is told, and left out. `samples` is written after each round.
     """
     for group in dict.fromkeys(case.group for case in cases):
         chosen = [case for case in cases if case.group == group]
@@ -42,8 +42,8 @@ def bench(
             for case in chosen:
                 if number < (case.rounds or rounds):
                     _round(stage, results, case, number)
-        if samples is not None:
-            results.save(samples)
+            if samples is not None:
+                results.save(samples)
         print(f"\n{report.group_table(results, group)}\n", flush=True)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 from xml.sax.saxutils import escape
 
-LABELS: Final = 190
-BARS: Final = 410
+LABELS: Final = 240
+BARS: Final = 400
 NUMBERS: Final = 90
 ROW: Final = 24
 BAR: Final = 15
@@ -56,7 +56,7 @@ class Panel:
 def svg(panels: Sequence[Panel]) -> str:
     """Return the panels, one below the other."""
     width = LABELS + BARS + NUMBERS
-    height = sum(panel.height for panel in panels) + GAP * (len(panels) - 1)
+    height = sum(panel.height + GAP for panel in panels)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}" role="img">',

@@ -37,6 +37,7 @@ class Program:
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         self.begun = time.monotonic()
         self._log = log
+        self._stopped = False
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 command,
@@ -75,7 +76,7 @@ class Program:
 
     def last_words(self) -> str:
         """Return the end of what it said."""
-        return self._log.read_text(errors="replace")[-1500:].strip() or "it said nothing"
+        return self._log.read_text(errors="replace")[-600:].strip() or "it said nothing"
 
     def tell(self, line: str) -> None:
         """Send it a line."""
@@ -104,8 +105,9 @@ class Program:
 
     def stop(self) -> None:
         """Tell it to stop in order, and after some seconds end its whole group."""
-        if self._process.returncode is not None:
+        if self._stopped:
             return
+        self._stopped = True
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 with suppress(BrokenPipeError):

@@ -96,7 +96,7 @@ class Facts:
         return cls(
             date=datetime.now(UTC).strftime("%Y-%m-%d"),
             machine=f"{os.cpu_count()} cores of {model[1] if model else platform.machine()}, "
-            f"{gib:.0f} GiB, broker on the same machine, {platform.system()}",
+            f"{gib:.0f} GiB; the broker is on it, too",
             versions=[
                 ("Python", platform.python_version()),
                 ("RabbitMQ", f"{broker['rabbitmq_version']} on {broker['erlang_version']}"),
@@ -106,6 +106,12 @@ class Facts:
                 ("librabbitmq", _client_version()),
             ],
         )
+
+    def table(self) -> str:
+        """Return them as a table."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions)
+        rows = [("date", self.date), ("machine", self.machine), ("versions", versions)]
+        return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {it} |" for name, it in rows)])
 
 
 def _pinned(*names: str) -> Iterator[tuple[str, str]]:
@@ -216,9 +222,8 @@ def plot(results: Results) -> str:
 
 def page(results: Results, facts: Facts) -> str:
     """Return `docs/performance.md`."""
-    versions = ", ".join(f"{name} {version}" for name, version in facts.versions)
     parts = [
-        _HEAD.format(date=facts.date, machine=facts.machine, versions=versions),
+        _HEAD.format(facts=facts.table()),
         "![Tasks per second, and CPU per task](performance.svg)",
         "## What it has to show",
         _GOALS,
@@ -275,7 +280,9 @@ _HEAD: Final = """\
 # Performance
 
 brokertask beside its peers and beside a C client, which is the limit. All of this page is
-written by `make bench`, on {date}: {machine}. {versions}.
+written by `make bench`, on the date below.
+
+{facts}
 
 ```sh
 make bench                     # everything, and this page anew; an hour

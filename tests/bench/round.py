@@ -10,7 +10,6 @@ from typing import Final
 
 from tests.bench import meter
 from tests.bench.case import Case, Measure
-from tests.bench.process import BenchError
 from tests.bench.stage import Play, Reading, Stage
 from tests.bench.system import BY_NAME, System
 
@@ -55,7 +54,7 @@ def _drain(play: Play, case: Case, system: System, tasks: int) -> dict[str, floa
         figures = _between(begin, end) | _memory(worker.pid)
         play.settle()
     if not case.behind:
-        _check_acked(play)
+        play.check_acked()
     if case.retry_after:
         late = [started[n] - sent[n] - case.retry_after for n in range(tasks)]
         figures |= _percentiles(late)
@@ -85,7 +84,7 @@ def _flow(play: Play, case: Case, system: System, tasks: int) -> dict[str, float
         figures = _between(begin, end) | _memory(worker.pid)
         figures["grown"] = figures["resident"] - before.resident / 2**20
         play.settle()
-    _check_acked(play)
+    play.check_acked()
     return figures
 
 
@@ -121,12 +120,6 @@ _MEASURES: Final[Mapping[Measure, Callable[[Play, Case, System, int], dict[str, 
     "latency": _latency,
     "idle": _idle,
 }
-
-
-def _check_acked(play: Play) -> None:
-    """See to it that what was measured was done: a task that began was acked, too."""
-    if left := play.left():
-        raise BenchError(f"{left} messages were left unacked when the worker was told to stop")
 
 
 def _between(begin: Reading, end: Reading) -> dict[str, float]:

@@ -216,6 +216,15 @@ class Play:
         finally:
             await transport.close()
 
+    def check_acked(self) -> None:
+        """See to it that what was measured was done: a task that began was acked, too.
+
+        Raises:
+            BenchError: A worker that was told to stop left messages behind.
+        """
+        if left := self.left():
+            raise BenchError(f"{left} messages were left unacked when the worker was told to stop")
+
     def left(self) -> int:
         """Return how many messages are in the queue: with no worker, those unacked as well."""
         return asyncio.run(self._left())
