@@ -47,7 +47,7 @@ class Attempt:
     """Why the message is no run at all."""
     user: asyncio.Task[Returned | Raised] | None = None
     left: asyncio.Future[None] | None = None
-    """Done when an interrupted attempt is not waited for any longer."""
+    """Done when its code has ended, or is not waited for any longer."""
     context: Context | None = None
     span: AttemptSpan | None = None
     interrupted: bool = False
@@ -75,16 +75,22 @@ class Attempt:
     @property
     def now(self) -> Envelope:
         """The message as it would be written now: with what the run remembers, in its trace."""
-        envelope, span, context = self.lease.envelope, self.span, self.context
+        envelope, span = self.remembering, self.span
         # What follows is numbered beyond all that was published, even if nobody confirmed it.
-        envelope = replace(envelope, seq=max(envelope.seq, self.lease.seq))
-        if context is not None:
-            envelope = replace(envelope, memory=context.steps.memory)
-        if span is not None:
-            envelope = replace(
-                envelope, previous=span.traceparent, trace=span.trace, origin=span.origin
-            )
-        return envelope
+        seq = max(envelope.seq, self.lease.seq)
+        if span is None:
+            return replace(envelope, seq=seq)
+        return replace(
+            envelope, seq=seq, previous=span.traceparent, trace=span.trace, origin=span.origin
+        )
+
+    @property
+    def remembering(self) -> Envelope:
+        """The message, with what the run remembers now."""
+        envelope, context = self.lease.envelope, self.context
+        if context is None or context.steps.memory is envelope.memory:
+            return envelope
+        return replace(envelope, memory=context.steps.memory)
 
     @property
     def key(self) -> Key:
@@ -114,9 +120,22 @@ class Attempt:
         if self.user is not None:
             self.user.cancel(cause)
         if self.left is not None:
-            self.left.get_loop().call_later(grace, _resolve, self.left)
+            self.left.get_loop().call_later(grace, self.leave)
 
+    def expire(self) -> None:
+        """Cancel it because its time is over, unless its code has just ended."""
+        if self.left is not None and not self.left.done():
+            self.cancel("timeout")
 
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+    def leave(self, _: object = None) -> None:
+        """Wait for its code no longer."""
+        if self.left is not None and not self.left.done():
+            self.left.set_result(None)
+
+    def release(self) -> None:
+        """Let go of what its code may still hold on to, and what holds on to this attempt.
+
+        What refers to itself is left to the garbage collector, which would take half as much time
+        again as a run that does nothing.
+        """
+        self.user = self.context = self.left = None

@@ -93,15 +93,16 @@ class Executor:
 
     async def execute(self, delivery: Delivery, task: Task[Any, Any]) -> None:
         """Do what `delivery` asks for, and settle it. Never raises for what a message holds."""
-        lease = Lease(Envelope(run_id="", task=task.id, payload=b""), [delivery])
+        attempt: Attempt | None = None
         try:
-            await self._take(self._read(lease, task))
+            attempt = self._read(delivery, task)
+            await self._take(attempt)
         except Exception:
             # A defect of ours. Kept, the message would hold a slot for as long as we live; given
             # back, it is tried elsewhere, and in the end the broker buries it.
             log.critical("an execution failed inside brokertask", exc_info=True)
             await asyncio.sleep(DEFECT_PAUSE)
-            for each in lease.deliveries:
+            for each in [delivery] if attempt is None else attempt.lease.deliveries:
                 await each.requeue()
 
     async def _take(self, attempt: Attempt) -> None:
@@ -156,10 +157,8 @@ class Executor:
         """Renew messages that are held for long, until cancelled."""
         await self._keeper.renew(lambda: list(self._running))
 
-    def _read(self, lease: Lease, task: Task[Any, Any]) -> Attempt:
-        (delivery,) = lease.deliveries
-        message = delivery.message
-        lease.since = asyncio.get_running_loop().time()
+    def _read(self, delivery: Delivery, task: Task[Any, Any]) -> Attempt:
+        message, since = delivery.message, asyncio.get_running_loop().time()
         try:
             envelope = Envelope.read(
                 message,
@@ -168,15 +167,15 @@ class Executor:
                 max_memory_bytes=self._settings.max_memory_bytes,
             )
         except EnvelopeError as error:
-            run_id = run_id_of(message, task.id)
-            lease.envelope = replace(lease.envelope, run_id=run_id)
-            return Attempt(task, lease, unread=error)
+            unknown = Envelope(run_id=run_id_of(message, task.id), task=task.id, payload=b"")
+            return Attempt(task, Lease(unknown, [delivery], since), unread=error)
         # A lost delivery was an attempt: whoever had it died with it, or lost the broker.
         before = self._names.died_inflight(message.headers)
         carried = self._transport.carries_losses
         lost = max(delivery.lost, before) if carried else delivery.lost + before
-        lease.envelope = replace(envelope, attempt=envelope.attempt + lost)
-        return Attempt(task, lease, lost=lost)
+        if lost:
+            envelope = replace(envelope, attempt=envelope.attempt + lost)
+        return Attempt(task, Lease(envelope, [delivery], since), lost=lost)
 
     async def _execute(self, attempt: Attempt) -> None:
         self._running.add(attempt)
@@ -188,6 +187,7 @@ class Executor:
             self._running.discard(attempt)
             if self._attempts.get(attempt.key) is attempt:
                 del self._attempts[attempt.key]
+            attempt.release()
             attempt.over.set()
 
     async def _end(self, attempt: Attempt) -> None:
@@ -217,7 +217,7 @@ class Executor:
             return  # Another message may only look the same.
         # For its settlement alone, so without what its code may still hold on to.
         attempt.lease.envelope = attempt.now
-        attempt.user = attempt.context = attempt.left = None
+        attempt.release()
         size = len(attempt.envelope.payload) + attempt.envelope.memory.size
         size += len(outcome.result) if isinstance(outcome, Succeeded) else 0
         if size <= KEPT_BYTES:
@@ -300,6 +300,8 @@ class Executor:
     def _follows(
         self, attempt: Attempt, outcome: Outcome, now: int
     ) -> tuple[Route, Message] | None:
+        if isinstance(outcome, Succeeded):
+            return None
         if attempt.unread is not None and isinstance(outcome, Failed):
             message, task = attempt.lease.deliveries[0].message, attempt.task.id
             return self._names.dead_route(task), bury_raw(message, outcome, task=task, now_ms=now)
@@ -340,7 +342,7 @@ class Executor:
 
         Tries for the time of one publish: whoever listens must not hold up the run.
         """
-        event = event_of(outcome, attempt.now, at_ms=now, worker=self._worker)
+        event = event_of(outcome, attempt.remembering, at_ms=now, worker=self._worker)
         if event is None:
             return True
         route = self._event_route(attempt, event)
@@ -387,7 +389,7 @@ def _log(attempt: Attempt, outcome: Outcome) -> None:
                 "a run of %s is dead (%s): %s; see: brokertask dead show %s --task %s",
                 *(task, reason, error.type, run_id, task),
             )
-        case _:
+        case _ if log.isEnabledFor(logging.DEBUG):
             log.debug("run %s of %s: %s", run_id, task, type(outcome).__name__.lower())
 
 

@@ -22,13 +22,20 @@ def is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(inspect.unwrap(_called(function)))
 
 
+def in_loop(function: Callable[..., Any]) -> bool:
+    """Whether a function is called in the event loop: calling it gives a coroutine.
+
+    A sync function that only wraps an async one, as with asyncio.run, needs a thread.
+    """
+    return inspect.iscoroutinefunction(_called(function))
+
+
 async def call(function: Callable[[], Any], *, threads: anyio.CapacityLimiter | None = None) -> Any:
     """Call a function of either kind and return its result; a sync one runs in a thread.
 
     Cancelled, it does not wait for the thread, which Python cannot end.
     """
-    # A sync function that only wraps an async one, as with asyncio.run, needs a thread.
-    if inspect.iscoroutinefunction(_called(function)):
+    if in_loop(function):
         return await function()
     result = await anyio.to_thread.run_sync(function, limiter=threads, abandon_on_cancel=True)
     # A plain wrapper around an async function looks like a sync one until it is called.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from asyncio import FIRST_COMPLETED
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -121,15 +120,16 @@ class Performer:
             attempt.context.deadline = self._now() + timedelta(seconds=timeout)
         user = self._start(self._whole(attempt.task, attempt.context, envelope), name)
         attempt.user, attempt.left = user, loop.create_future()
-        ends: set[asyncio.Future[Any]] = {user, attempt.left}
+        user.add_done_callback(attempt.leave)
+        timer = None if timeout is None else loop.call_later(timeout, attempt.expire)
         try:
-            done, _ = await asyncio.wait(ends, timeout=timeout, return_when=FIRST_COMPLETED)
-            if not done:
-                attempt.cancel("timeout")
-                await asyncio.wait(ends, return_when=FIRST_COMPLETED)
+            await attempt.left
         except asyncio.CancelledError:
             attempt.cancel("drain")
             raise
+        finally:
+            if timer is not None:
+                timer.cancel()
         if not user.done():
             log.error("run %s of %s ignores its cancellation", envelope.run_id, attempt.task.id)
         if attempt.superseded:
@@ -167,8 +167,9 @@ class Performer:
         """
         try:
             ended = await self._run(task, context, envelope)
-            # A step in an asyncio task that was only just made begins, and is waited for.
-            await asyncio.sleep(0)
+            if task.takes_context or self._around(task):
+                # A step in an asyncio task that was only just made begins, and is waited for.
+                await asyncio.sleep(0)
             forgotten = context.steps.forgotten()
             await context.steps.finish()
             if isinstance(ended, Raised):
@@ -195,14 +196,10 @@ class Performer:
         except BrokertaskError as error:
             return Raised(error)
 
-        async def innermost(inner: Context) -> Any:
-            return await task.call(inner, payload, threads=self._counted)
-
-        call: CallNext = innermost
-        for middleware in reversed((*self._middleware, *task.options.middleware)):
-            call = partial(_wrap, middleware, call)
         try:
-            return Returned(await call(context))
+            if around := self._around(task):
+                return Returned(await self._through(around, task, context))
+            return Returned(await task.call(context, payload, threads=self._counted))
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: a task must not be able to stop the worker.
             if context.cancelled is not None:
@@ -211,12 +208,30 @@ class Performer:
                 return Raised(RuntimeError("the task cancelled itself"))
             return Raised(error)
 
+    def _around(self, task: Task[Any, Any]) -> tuple[Middleware, ...]:
+        """Return the middleware of a task, the outermost first."""
+        return self._middleware + task.options.middleware
+
+    async def _through(
+        self, around: tuple[Middleware, ...], task: Task[Any, Any], context: Context
+    ) -> Any:
+        payload = context.payload
+
+        async def innermost(inner: Context) -> Any:
+            return await task.call(inner, payload, threads=self._counted)
+
+        call: CallNext = innermost
+        for middleware in reversed(around):
+            call = partial(_wrap, middleware, call)
+        return await call(context)
+
     async def _put(self, task: Task[Any, Any], result: Any) -> Returned | Raised:
         """Return a result with the outcome that carries it; what is too large is in the store."""
         limit = self._settings.max_payload_bytes
         try:
             body = encode(dump(task.result_type, result))
-            claim = await task.client.claims.put(body)
+            claims = task.client.claims
+            claim = await claims.put(body) if claims.takes(len(body)) else None
             if claim is None and len(body) > limit:
                 raise InvalidPayload(
                     f"the result is {len(body)} bytes, the limit is {limit} (max_payload_bytes); "
@@ -239,7 +254,8 @@ class Performer:
         if isinstance(ended, Returned):
             returned: tuple[Any, Succeeded] = ended.value
             result, outcome = returned
-            await self._call_hooks(attempt, attempt.task.success_hooks, result)
+            if attempt.task.success_hooks:
+                await self._call_hooks(attempt, attempt.task.success_hooks, result)
             return outcome
         if ended.reason is not None:
             return await self.give_up(attempt, ended.reason, ended.error)

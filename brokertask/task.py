@@ -36,7 +36,7 @@ from brokertask.errors import (
     InvalidPayload,
     UnsupportedType,
 )
-from brokertask.functions import adapter, call, is_async
+from brokertask.functions import adapter, call, in_loop, is_async
 from brokertask.request import TriggerOptions
 from brokertask.retry import Retry
 from brokertask.run import Run
@@ -104,6 +104,7 @@ class Task(Generic[P, R]):
         signature = _Signature.of(function, self.where)
         self._payload_name = signature.payload_name
         self._context_name = signature.context_name
+        self._in_loop = in_loop(function)
         self.payload_type: TypeAdapter[Any] = signature.payload
         self.result_type: TypeAdapter[Any] = signature.result
         self.success_hooks: list[Callable[[Context, R], Awaitable[None]]] = []
@@ -196,9 +197,14 @@ class Task(Generic[P, R]):
         return hook
 
     @property
+    def takes_context(self) -> bool:
+        """Whether its function has a parameter for the Context."""
+        return self._context_name is not None
+
+    @property
     def checkpoints(self) -> bool:
         """Whether its runs may have steps that are saved one by one."""
-        return self._context_name is not None and self.options.checkpoint == "step"
+        return self.takes_context and self.options.checkpoint == "step"
 
     @property
     def queue(self) -> TaskQueue:
@@ -233,6 +239,8 @@ class Task(Generic[P, R]):
             arguments[self._payload_name] = payload
         if self._context_name is not None:
             arguments[self._context_name] = context
+        if self._in_loop:
+            return await self.function(**arguments)
         return await call(partial(self.function, **arguments), threads=threads)
 
 
