@@ -556,6 +556,22 @@ async def test_nothing_is_written_on_a_channel_that_the_broker_closed() -> None:
         await publishing
 
 
+async def test_what_is_on_its_way_to_a_lane_that_ends_is_still_understood() -> None:
+    wire = Wire()
+    consumer, got = await consuming(wire)
+    publishing = [wire.publish(message_id=name) for name in ("stored", "unroutable")]
+    await wire.sent()
+    first, *rest = deliver(consumer, 1, b"too late")
+    wire.says(first)
+    wire.lane.end()
+    wire.says(*rest, *returned("unroutable"), commands.Basic.Ack(2, multiple=True))
+    assert not got
+    assert not wire.socket.aborted
+    await publishing[0]
+    with pytest.raises(Unroutable):
+        await publishing[1]
+
+
 async def test_a_lost_connection_ends_whoever_waits() -> None:
     wire = Wire()
     on_their_way = [wire.publish() for _ in range(WINDOW)]

@@ -17,6 +17,7 @@ from pamqp.header import ContentHeader
 
 from brokertask.envelope import Message
 from brokertask.topology import Route
+from brokertask.transport.base import BROKER_HEADERS
 from brokertask.transport.rabbitmq import frames, properties
 
 FRAME_MAX = 4_096
@@ -48,7 +49,9 @@ messages = st.builds(
     reply_to=short_texts,
     correlation_id=short_texts,
     timestamp_ms=st.one_of(st.none(), st.integers(0, 0xFFFF_FFFF).map(lambda s: s * 1000)),
-    headers=st.dictionaries(st.text(max_size=20), tables, max_size=8),
+    headers=st.dictionaries(
+        st.text(max_size=20).filter(lambda name: name not in BROKER_HEADERS), tables, max_size=8
+    ),
 )
 ROUTE = Route("bt.tasks", "a")
 

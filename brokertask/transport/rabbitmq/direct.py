@@ -35,7 +35,7 @@ log = logging.getLogger("brokertask.rabbitmq")
 
 WINDOW: Final = 1_000
 """Publishes of one channel that wait for their confirm at a time; the others wait for them."""
-_UNWRITABLE: Final = (TypeError, ValueError, OverflowError, RecursionError, struct.error)
+_UNWRITABLE: Final = (TypeError, ValueError, RecursionError, struct.error)
 _CLOSES: Final = (frames.CHANNEL_CLOSE, frames.CHANNEL_CLOSE_OK)
 MAX_BODY: Final = 536_870_912
 """RabbitMQ takes no larger message."""
@@ -119,6 +119,7 @@ class DirectLane:
         else:
             if method in _CLOSES:
                 # One more frame on a closed channel would cost the connection.
+                self._incoming = None
                 self._stop()
             return False
         return True
@@ -127,14 +128,12 @@ class DirectLane:
         if incoming.missing < 0:
             raise FrameError("a message longer than it says")
         assert incoming.properties is not None
-        if self.ended:
-            return
         parts = incoming.parts
         body = parts[0] if len(parts) == 1 else b"".join(parts)
         message = properties.unpack(incoming.properties, body)
         if incoming.consumer is None:
             self._take_back(message)
-        elif (receive := self._consumers.get(incoming.consumer)) is not None:
+        elif not self.ended and (receive := self._consumers.get(incoming.consumer)) is not None:
             try:
                 receive(message, incoming.tag, incoming.redelivered)
             except Exception:
@@ -281,7 +280,6 @@ class DirectLane:
 
     def _stop(self) -> None:
         self.ended = True
-        self._incoming = None
         self.changed()
 
     def _closed(self, closing: asyncio.Future[Any]) -> None:

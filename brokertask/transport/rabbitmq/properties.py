@@ -13,11 +13,11 @@ Source: AMQP 0-9-1 specification, sections 4.2.5 and 4.2.6; types of values: Rab
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from functools import lru_cache
 from struct import Struct
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from brokertask.envelope import Message
 from brokertask.topology import Route
@@ -59,8 +59,7 @@ def pack(message: Message, route: Route, message_id: str) -> bytes:
     """Return the properties of `message`, to be published as `message_id` and persistently.
 
     Raises:
-        TypeError, ValueError, OverflowError, RecursionError, struct.error: Something has no form
-            on the wire.
+        TypeError, ValueError, RecursionError, struct.error: Something has no form on the wire.
     """
     flags = DELIVERY_MODE | MESSAGE_ID
     parts = [b""]
@@ -138,22 +137,24 @@ def _pack_rare(value: object) -> bytes:
     raise TypeError(f"a header of type {type(value).__name__}")
 
 
+_INT64: Final = Struct(">cq").pack
 _INTEGERS: Final = (
     (-(2**7), 2**7, b"b", Struct(">b")),
     (-(2**15), 2**15, b"s", Struct(">h")),
     (0, 2**16, b"u", Struct(">H")),
     (-(2**31), 2**31, b"I", Struct(">i")),
     (0, 2**32, b"i", Struct(">I")),
-    (-(2**63), 2**63, b"l", Struct(">q")),
 )
-"""The smallest form that a whole number fits in."""
+"""The smaller forms that a whole number may fit in, the smallest first."""
 
 
 def _pack_integer(value: int) -> bytes:
-    for lowest, beyond, kind, form in _INTEGERS:
-        if lowest <= value < beyond:
-            return kind + form.pack(value)
-    raise OverflowError(f"{value} has more than 64 bits")
+    # Most are instants.
+    if -(2**31) <= value < 2**32:
+        for lowest, beyond, kind, form in _INTEGERS:
+            if lowest <= value < beyond:
+                return kind + form.pack(value)
+    return _INT64(b"l", value)
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -161,93 +162,87 @@ def _pack_integer(value: int) -> bytes:
 
 def unpack(properties: bytes, body: bytes) -> Message:
     """Return the message, whoever wrote it."""
-    fields = _Fields(properties)
-    take, text = fields.take, fields.text
-    content_type = text(CONTENT_TYPE)
-    content_encoding = text(CONTENT_ENCODING)
-    headers = fields.headers()
-    take(DELIVERY_MODE, 1)
-    take(PRIORITY, 1)
-    correlation_id = text(CORRELATION_ID)
-    reply_to = text(REPLY_TO)
-    text(EXPIRATION)
-    message_id = text(MESSAGE_ID)
-    timestamp_ms = _ms(take(TIMESTAMP, 8))
-    kind = text(TYPE)
-    text(USER_ID)
-    return Message(
-        body=body,
-        message_id=message_id,
-        type=kind,
-        content_type=content_type,
-        content_encoding=content_encoding,
-        app_id=text(APP_ID),
-        reply_to=reply_to,
-        correlation_id=correlation_id,
-        timestamp_ms=timestamp_ms,
-        headers=headers,
-    )
-
-
-class _Fields:
-    """The properties that are there, one after the other."""
-
-    __slots__ = ("_at", "_data", "_flags")
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._flags = int.from_bytes(data[:2], "big")
-        self._at = 2
-        flags = self._flags
-        # The specification leaves room for more properties than there are.
-        while flags & MORE_FLAGS and self._at < len(data):
-            flags = int.from_bytes(data[self._at : self._at + 2], "big")
-            self._at += 2
-
-    def take(self, flag: int, size: int) -> bytes | None:
-        """Return a property of so many bytes, or None."""
-        if not self._flags & flag:
-            return None
-        at = self._at
-        self._at = at + size
-        return self._data[at : at + size]
-
-    def text(self, flag: int) -> str | None:
-        """Return a short string, or None."""
-        at, data = self._at, self._data
-        if not self._flags & flag or at >= len(data):
-            return None
-        self._at = end = at + 1 + data[at]
-        return _readable(data[at + 1 : end])
-
-    def headers(self) -> Mapping[str, object]:
-        """Return the headers, without what has done its duty."""
-        length = self.take(HEADERS, 4)
-        if length is None:
-            return {}
-        at = self._at
-        self._at = end = at + int.from_bytes(length, "big")
-        try:
-            if end > len(self._data):
-                raise ValueError("the headers are cut off")
-            table = _table(self._data, at, end)
-        except _FAILURES:
-            return dict(UNREADABLE)
-        table.pop("CC", None)
-        return table
-
-
-def _readable(raw: bytes) -> str:
+    at, flags = _read_flags(properties)
+    found: dict[str, Any] = {}
     try:
-        return raw.decode()
+        for name, read in _layout(flags):
+            found[name], at = read(properties, at)
+    except _FAILURES:
+        # Cut off, which no broker does: the rest is lost.
+        found.setdefault("headers", dict(UNREADABLE))
+    found.pop("", None)
+    return Message(body=body, **found)
+
+
+def _read_flags(data: bytes) -> tuple[int, int]:
+    """Return where the properties begin, and which there are."""
+    flags = more = int.from_bytes(data[:2], "big")
+    at = 2
+    # The specification leaves room for more properties than there are.
+    while more & MORE_FLAGS and at < len(data):
+        more = int.from_bytes(data[at : at + 2], "big")
+        at += 2
+    return at, flags
+
+
+def _read_text(data: bytes, at: int) -> tuple[str, int]:
+    end = at + 1 + data[at]
+    raw = data[at + 1 : end]
+    try:
+        return raw.decode(), end
     except UnicodeDecodeError:
         # Escaped, it grows; longer than 255 bytes, it could not be written again.
-        return raw.decode("utf-8", "backslashreplace")[:255]
+        return raw.decode("utf-8", "backslashreplace")[:255], end
 
 
-def _ms(raw: bytes | None) -> int | None:
-    if raw is None or len(raw) < 8:
-        return None
+def _read_instant(data: bytes, at: int) -> tuple[int | None, int]:
+    return _ms(data[at : at + 8]), at + 8
+
+
+def _read_octet(_: bytes, at: int) -> tuple[None, int]:
+    return None, at + 1
+
+
+def _read_headers(data: bytes, at: int) -> tuple[dict[str, object], int]:
+    """Return the headers, without what has done its duty."""
+    (length,) = _LENGTH.unpack_from(data, at)
+    at += 4
+    end = at + length
+    try:
+        if end > len(data):
+            raise ValueError("headers that are cut off")
+        table = _table(data, at, end)
+    except _FAILURES:
+        table = dict(UNREADABLE)
+    table.pop("CC", None)
+    return table, end
+
+
+_Reader: TypeAlias = Callable[[bytes, int], tuple[object, int]]
+_LAYOUT: Final[Sequence[tuple[int, str, _Reader]]] = (
+    (CONTENT_TYPE, "content_type", _read_text),
+    (CONTENT_ENCODING, "content_encoding", _read_text),
+    (HEADERS, "headers", _read_headers),
+    (DELIVERY_MODE, "", _read_octet),
+    (PRIORITY, "", _read_octet),
+    (CORRELATION_ID, "correlation_id", _read_text),
+    (REPLY_TO, "reply_to", _read_text),
+    (EXPIRATION, "", _read_text),
+    (MESSAGE_ID, "message_id", _read_text),
+    (TIMESTAMP, "timestamp_ms", _read_instant),
+    (TYPE, "type", _read_text),
+    (USER_ID, "", _read_text),
+    (APP_ID, "app_id", _read_text),
+)
+
+
+@lru_cache(maxsize=1_024)
+def _layout(flags: int) -> Sequence[tuple[str, _Reader]]:
+    """Return the fields of `Message` that are there, in their order; "" is of no use to us."""
+    return [(name, read) for flag, name, read in _LAYOUT if flags & flag]
+
+
+def _ms(raw: bytes) -> int | None:
     at = int.from_bytes(raw, "big")
     at = at if at > LAST_SECOND else at * 1000
     return at if at <= LAST_INSTANT_MS else None
