@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +22,8 @@ from tests.bench.process import ROOT, BenchError
 from tests.bench.results import Results
 from tests.bench.round import measure
 from tests.bench.stage import Stage
-from tests.bench.system import TOOLS
+from tests.bench.system import BY_NAME as SYSTEMS
+from tests.bench.system import CLIENT, PYTHON, TOOLS
 
 ROUNDS: Final = 5
 SAMPLES: Final = TOOLS / "samples.jsonl"
@@ -37,7 +39,7 @@ def bench(
     """
     for group in dict.fromkeys(case.group for case in cases):
         chosen = [case for case in cases if case.group == group]
-        results.forget(case.name for case in chosen)
+        results.forget((case.name, system) for case in chosen for system in case.systems)
         for number in range(rounds):
             for case in chosen:
                 if number < (case.rounds or rounds):
@@ -67,10 +69,21 @@ def missed(results: Results) -> list[str]:
 def chosen_cases(arguments: argparse.Namespace) -> list[Case]:
     """Return what the command line asks for."""
     cases = [case.quick() for case in CASES if case.name in QUICK] if arguments.quick else CASES
-    wanted = arguments.cases.split(",") if arguments.cases else groups()
-    if unknown := set(wanted) - set(groups()):
-        raise SystemExit(f"no group {', '.join(unknown)}; there are: {', '.join(groups())}")
-    return [case for case in cases if case.group in wanted]
+    wanted = _known(arguments.cases, groups())
+    systems = _known(arguments.systems, tuple(SYSTEMS))
+    kept = (
+        replace(case, systems=tuple(system for system in case.systems if system in systems))
+        for case in cases
+        if case.group in wanted
+    )
+    return [case for case in kept if case.systems]
+
+
+def _known(given: str | None, names: Sequence[str]) -> Sequence[str]:
+    wanted = given.split(",") if given else names
+    if unknown := set(wanted) - set(names):
+        raise SystemExit(f"there is no {', '.join(unknown)}; there are: {', '.join(names)}")
+    return wanted
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -78,6 +91,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the main cases, once; writes nothing")
     parser.add_argument("--cases", metavar="GROUP,…", help="only these, the rest as it was")
+    parser.add_argument("--systems", metavar="NAME,…", help="only these")
     parser.add_argument("--rounds", type=int, help=f"by default {ROUNDS}, or 1 with --quick")
     parser.add_argument("--gate", action="store_true", help="fail if a goal of CPU is not met")
     return parser.parse_args(arguments)
@@ -87,11 +101,12 @@ def main() -> None:
     """Measure, print, write the page, and exit with 1 if `--gate` finds a goal missed."""
     arguments = parse()
     cases = chosen_cases(arguments)
-    for needed in (TOOLS / "venv", TOOLS / "client"):
-        if not needed.exists():
-            raise SystemExit(f"{needed} is missing; run: make bench")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    results = Results.load(SAMPLES) if arguments.cases and not arguments.quick else Results()
+    others = [SYSTEMS[name] for case in cases for name in case.systems if not SYSTEMS[name].ours]
+    if others and not (PYTHON.exists() and CLIENT.exists()):
+        raise SystemExit(f"{TOOLS} lacks the peers or the C client; `make bench` puts them there")
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sign, lambda number, _: sys.exit(128 + number))
+    results = Results.load(SAMPLES) if arguments.cases else Results()
     with tempfile.TemporaryDirectory(prefix="brokertask-bench-") as folder:
         node = Node.create(Path(folder) / "node")
         try:

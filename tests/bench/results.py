@@ -43,10 +43,10 @@ class Results:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(f"{json.dumps(asdict(each))}\n" for each in self._samples))
 
-    def forget(self, cases: Iterable[str]) -> None:
-        """Drop the samples of these cases."""
-        dropped = set(cases)
-        self._samples = [each for each in self._samples if each.case not in dropped]
+    def forget(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Drop the samples of these cases with these systems."""
+        dropped = set(pairs)
+        self._samples = [each for each in self._samples if (each.case, each.system) not in dropped]
 
     def add(self, sample: Sample) -> None:
         """Take in one more."""

@@ -78,8 +78,9 @@ def _flow(play: Play, case: Case, system: System, tasks: int) -> dict[str, float
         play.producer()
         play.enqueue(case.mode, range(WARM), case.size)
         begin = play.when(started.reached, WARM)
-        before = meter.memory(worker.pid)
         play.order(case.mode, range(WARM, WARM + tasks), case.size)
+        play.when(started.reached, WARM + tasks // 10)
+        before = meter.memory(worker.pid)
         end = play.when(started.reached, WARM + tasks)
         figures = _between(begin, end) | _memory(worker.pid)
         figures["grown"] = figures["resident"] - before.resident / 2**20

@@ -26,8 +26,12 @@ from tests.bench.process import BenchError, Program
 from tests.bench.producing import Mode, Order
 from tests.bench.system import System
 
-PATIENCE: Final = 120.0
-"""Longer than any measurement may take."""
+PATIENCE: Final = 300.0
+"""Longer than a producer needs for any order."""
+STALLED: Final = 30.0
+"""A worker that begins no task for so long will not begin another."""
+PART: Final = 50_000
+"""The largest order, in tasks."""
 POLL: Final = 0.004
 QUIET: Final = 0.03
 """Of a tenth of a second, what the broker may use when it is at rest."""
@@ -130,16 +134,20 @@ class Play:
     def enqueue(self, mode: Mode, tasks: range, size: int) -> float:
         """Have the producer enqueue tasks, and return the seconds that it took."""
         assert self._producer is not None
-        self.order(mode, tasks, size)
-        seconds = self._producer.hear(PATIENCE)
-        assert seconds is not None
-        return seconds
+        orders = self.order(mode, tasks, size)
+        return sum(self._producer.hear(PATIENCE) or 0.0 for _ in range(orders))
 
-    def order(self, mode: Mode, tasks: range, size: int) -> None:
-        """Tell the producer to enqueue tasks, and do not wait for it."""
+    def order(self, mode: Mode, tasks: range, size: int) -> int:
+        """Tell the producer to enqueue tasks, do not wait for it, and return in how many orders.
+
+        A large order is split: what a producer keeps of one is not what is measured.
+        """
         assert self._producer is not None
-        order = Order(mode, tasks.start, len(tasks), size, PACE)
-        self._producer.tell(order.words if self._system.compiled else order.json)
+        parts = [tasks[at : at + PART] for at in range(0, len(tasks), PART)]
+        for part in parts:
+            order = Order(mode, part.start, len(part), size, PACE)
+            self._producer.tell(order.words if self._system.compiled else order.json)
+        return len(parts)
 
     def fill(self, tasks: int, size: int) -> None:
         """Fill the queue before a measurement."""
@@ -178,13 +186,15 @@ class Play:
         """Read all clocks as soon as so many tasks are marked.
 
         Raises:
-            BenchError: The worker ended, or it takes far too long.
+            BenchError: The worker ended, or begins no more tasks.
         """
         assert self._worker is not None
-        deadline = time.monotonic() + PATIENCE
+        before, deadline = 0, time.monotonic() + STALLED
         while (now := reached()) < tasks:
             self._worker.check()
-            if time.monotonic() > deadline:
+            if now > before:
+                before, deadline = now, time.monotonic() + STALLED
+            elif time.monotonic() > deadline:
                 raise BenchError(f"{now} of {tasks} tasks began: {self._worker.last_words()}")
             time.sleep(POLL)
         return self.read()

@@ -61,11 +61,11 @@ def one(number: int, name: str) -> Awaitable[object]:
 
 
 async def batch(numbers: Iterable[int], name: str) -> None:
-    if len(tasks) > 1:
-        for number in numbers:
-            await one(number, name)
-        return
-    await tasks[0].trigger_many(Named(t=number, name=name) for number in numbers)
+    shares: dict[int, list[int]] = {}
+    for number in numbers:
+        shares.setdefault(number % len(tasks), []).append(number)
+    for at, share in shares.items():
+        await tasks[at].trigger_many(Named(t=number, name=name) for number in share)
 
 
 async def main() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -15,6 +16,7 @@ from typing import Final
 import pytest
 
 from infra.rabbitmq.node import Node
+from infra.rabbitmq.process import until
 from tests.bench import meter
 from tests.bench.__main__ import bench
 from tests.bench.case import BY_NAME as CASES
@@ -26,7 +28,7 @@ from tests.bench.round import measure
 from tests.bench.stage import Stage
 from tests.bench.system import BY_NAME as SYSTEMS
 
-BURN: Final = "import time\nwhile time.process_time() < 0.3: pass\n"
+BURN: Final = "import time\nwhile time.process_time() < 0.5: pass\n"
 
 
 @pytest.fixture
@@ -105,8 +107,8 @@ def test_a_worker_that_dies_is_told_of(
 def test_the_cost_of_a_tree_holds_that_of_what_has_ended() -> None:
     program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {BURN!r}])\ninput()"
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE) as process:
-        until(lambda: meter.cpu_seconds(process.pid) > 0.3)
-        until(lambda: len(list(meter.tree(process.pid))) == 1)
+        eventually(lambda: meter.cpu_seconds(process.pid) > 0.3)
+        eventually(lambda: len(list(meter.tree(process.pid))) == 1)
         assert meter.cpu_seconds(process.pid) > 0.3
         process.communicate(b"\n")
     assert meter.cpu_seconds(process.pid) == 0
@@ -116,7 +118,7 @@ def test_memory_is_that_of_the_whole_tree() -> None:
     program = "import subprocess; subprocess.run(['sleep', '60'])"
     process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
     try:
-        until(lambda: meter.memory(process.pid).processes == 2)
+        eventually(lambda: meter.memory(process.pid).processes == 2)
         found = meter.memory(process.pid)
         assert found.resident >= found.proportional > 1_000_000
     finally:
@@ -127,9 +129,9 @@ def test_memory_is_that_of_the_whole_tree() -> None:
 def test_a_program_ends_with_all_that_it_has_started(tmp_path: Path) -> None:
     children = "import subprocess; subprocess.run(['sleep', '60'])"
     with Program([sys.executable, "-c", children], tmp_path / "log", {}) as program:
-        until(lambda: len(list(meter.tree(program.pid))) == 2)
+        eventually(lambda: len(list(meter.tree(program.pid))) == 2)
         pids = list(meter.tree(program.pid))
-    until(lambda: not any(alive(pid) for pid in pids))
+    eventually(lambda: not any(alive(pid) for pid in pids))
 
 
 def test_a_program_dies_with_a_harness_that_is_killed(tmp_path: Path) -> None:
@@ -144,7 +146,7 @@ def test_a_program_dies_with_a_harness_that_is_killed(tmp_path: Path) -> None:
         pid = int(process.stdout.readline())
         assert alive(pid)
         process.kill()
-    until(lambda: not alive(pid))
+    eventually(lambda: not alive(pid))
 
 
 def test_settings_of_whoever_measures_do_not_reach_what_is_measured(
@@ -155,6 +157,25 @@ def test_settings_of_whoever_measures_do_not_reach_what_is_measured(
     counting = "import os; print(sum(n.startswith(('OTEL_', 'BROKER')) for n in os.environ))"
     with Program([sys.executable, "-c", counting], tmp_path / "log", {"GIVEN": "1"}) as program:
         assert program.hear(10) == 0
+
+
+def test_a_benchmark_that_is_stopped_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = ["-m", "tests.bench", "--quick", "--cases", "flow", "--systems", "brokertask"]
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.DEVNULL,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+    )
+    try:
+        eventually(lambda: any("tests.bench.subject:app" in told for told in below(tmp_path)), 100)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 128 + signal.SIGINT
+    finally:
+        process.kill()
+        process.wait()
+    assert list(below(tmp_path)) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- marks and orders ---------------------------------------------------------------------------
@@ -189,9 +210,15 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for the kernel, which tells nobody."""
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        os.sched_yield()
+def below(folder: Path) -> Iterator[str]:
+    """Return the commands of processes that were given something in a folder."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+            if str(folder).encode() in told and int(process.name) != os.getpid():
+                yield told.decode(errors="replace")
+
+
+def eventually(condition: Callable[[], bool], timeout: float = 20) -> None:
+    """Wait for processes, which tell nobody."""
+    until(condition, timeout, "it does not happen")

@@ -71,7 +71,7 @@ def test_a_later_run_of_a_case_replaces_an_earlier_one(tmp_path: Path) -> None:
     path = tmp_path / "below" / "samples.jsonl"
     Results(samples("c", "rate", 1, 2) + samples("c", "rate", 7, case="flow")).save(path)
     results = Results.load(path)
-    results.forget(["drain-100"])
+    results.forget([("drain-100", "c")])
     results.add(*samples("c", "rate", 5))
     assert results.spread("drain-100", "c", "rate") == Spread(5, 5, 5)
     assert results.spread("flow", "c", "rate") == Spread(7, 7, 7)
@@ -195,7 +195,9 @@ def test_the_short_run_is_a_part_of_the_long_one() -> None:
 def test_cases_are_chosen_by_group() -> None:
     chosen = chosen_cases(parse(["--cases", "backlog,idle"]))
     assert {case.group for case in chosen} == {"backlog", "idle"}
-    with pytest.raises(SystemExit, match="no group nonsense"):
+    (ours,) = chosen_cases(parse(["--cases", "flow", "--systems", "brokertask"]))
+    assert ours.systems == ("brokertask",)
+    with pytest.raises(SystemExit, match="no nonsense"):
         chosen_cases(parse(["--cases", "nonsense"]))
 
 
