@@ -23,7 +23,7 @@ PEERS: Final = (
 )
 LIMITS: Final = ("aio-pika", "c", "c-quorum")
 EVERYBODY: Final = (*OURS, *PEERS, *LIMITS)
-TRACED: Final = ("brokertask-unsampled", "brokertask-traced")
+VARIANTS: Final = ("brokertask-unsampled", "brokertask-traced", "brokertask-aio-pika")
 SYNC: Final = ("brokertask", "celery-threads", "dramatiq", "taskiq", "faststream")
 QUICK: Final = ("drain-100", "enqueue-many", "flow", "latency")
 """The cases of the short run."""
@@ -167,7 +167,7 @@ def _processes(processes: int) -> Case:
 PIPELINED: Final = (*OURS, "taskiq", "taskiq-quorum", "faststream", *LIMITS)
 
 CASES: Final = (
-    _drain(100, 3_000, 30_000, (*EVERYBODY, *TRACED)),
+    _drain(100, 3_000, 30_000, (*EVERYBODY, *VARIANTS)),
     _drain(10, 3_000, 15_000),
     _drain(1, 1_500, 4_000),
     _enqueue("one", "Enqueue, one by one", EVERYBODY, 500, 500),

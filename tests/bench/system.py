@@ -133,6 +133,12 @@ SYSTEMS: Final = (
         _TRACES | {"OTEL_TRACES_SAMPLER": "always_off"},
     ),
     _own("brokertask-traced", "brokertask, traced and exported", "classic", _TRACES),
+    _own(
+        "brokertask-aio-pika",
+        "brokertask, over aio-pika",
+        "classic",
+        {"BROKERTASK_DATA_PLANE": "aio-pika"},
+    ),
     System(
         name="celery-prefork",
         title="Celery, prefork",

@@ -48,12 +48,17 @@ def test_a_round_without_the_other_side_is_no_ratio() -> None:
 def test_the_best_of_several_peers_counts() -> None:
     results = Results(
         samples("brokertask", "worker", 0.02)
-        + samples("taskiq", "worker", 0.5)
-        + samples("dramatiq", "worker", 0.4)
+        + samples("brokertask-traced", "rate", 8_000)
+        + [
+            Sample("drain-100", "taskiq", 0, {"worker": 0.5, "rate": 2_000}),
+            Sample("drain-100", "dramatiq", 0, {"worker": 0.4, "rate": 1_000}),
+        ]
     )
-    found = goal("worker CPU of the best peer to ours").found(results)
-    assert found is not None
-    assert found.middle == pytest.approx(20)
+    cheapest = goal("worker CPU of the best peer to ours").found(results)
+    assert cheapest is not None
+    assert cheapest.middle == pytest.approx(20)
+    traced = goal("drain, each run traced and exported, to the best peer untraced")
+    assert traced.found(results) == Spread(4, 4, 4)
 
 
 def test_beside_it_stands_the_ratio_on_quorum_queues() -> None:
