@@ -21,7 +21,6 @@ from brokertask.attempt import Attempt, Key
 from brokertask.clock import Clock
 from brokertask.continuation import continuation, early_ms, expired
 from brokertask.deadletter import bury_raw
-from brokertask.durations import readable
 from brokertask.envelope import Envelope, Message, run_id_of
 from brokertask.errors import BrokertaskError, EnvelopeError, PublishError
 from brokertask.events import Event, event_of
@@ -259,13 +258,18 @@ class Executor:
             elif envelope.attempt > retry.max_attempts:
                 outcome = await self._performer.give_up(attempt, "crashed", _crashed(envelope))
             else:
-                host = AttemptHost(
-                    attempt, self._keeper.save, self._news, clock=self._clock, worker=self._worker
-                )
+                host = self._host(attempt)
                 outcome = await self._performer.perform(attempt, host, hurry=self._draining)
-                await host.finish()
+                if host is not None:
+                    await host.finish()
             span.end(outcome, at_ms=self._clock.now_ms())
             return outcome
+
+    def _host(self, attempt: Attempt) -> AttemptHost | None:
+        if not self._performer.shows_context(attempt.task):
+            return None
+        save, tell = self._keeper.save, self._news
+        return AttemptHost(attempt, save, tell, clock=self._clock, worker=self._worker)
 
     async def _news(self, attempt: Attempt, event: Event) -> None:
         """Publish an event in the middle of a run: only news, so one try will do."""
@@ -286,7 +290,7 @@ class Executor:
         async with attempt.lease.moving:
             if attempt.ended_ms is None:
                 attempt.ended_ms = self._clock.now_ms()
-                _log(attempt, outcome)
+                attempt.log(outcome)
             now = attempt.ended_ms
             if not attempt.followed:
                 if not await self._publish_surely(attempt, outcome):
@@ -373,24 +377,6 @@ def _keep(kept: OrderedDict[Key, T], key: Key, value: T) -> None:
     kept[key] = value
     if len(kept) > KEPT:
         kept.popitem(last=False)
-
-
-def _log(attempt: Attempt, outcome: Outcome) -> None:
-    """Say what went wrong, by class: what an error says may hold anything."""
-    run_id, task = attempt.envelope.run_id, attempt.task.id
-    match outcome:
-        case Retrying(delay=delay, error=error):
-            log.warning(
-                "attempt %d of %s failed: %s; again in %s; run %s",
-                *(error.attempt, task, error.type, readable(delay), run_id),
-            )
-        case Failed(reason=reason, error=error):
-            log.error(
-                "a run of %s is dead (%s): %s; see: brokertask dead show %s --task %s",
-                *(task, reason, error.type, run_id, task),
-            )
-        case _ if log.isEnabledFor(logging.DEBUG):
-            log.debug("run %s of %s: %s", run_id, task, type(outcome).__name__.lower())
 
 
 def _crashed(envelope: Envelope) -> Exception:

@@ -87,21 +87,35 @@ class Performer:
         if self._code:
             await asyncio.wait(self._code, timeout=LEAVING)
 
-    def _start(self, code: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+    def _start(
+        self, code: Coroutine[Any, Any, T], name: str, ended: Callable[[], None] = lambda: None
+    ) -> asyncio.Task[T]:
         """Run user code in a task of its own, remembered until it ends."""
+
+        def end(task: asyncio.Task[T]) -> None:
+            self._code.discard(task)
+            ended()
+
         task = asyncio.create_task(code, name=name)
         self._code.add(task)
-        task.add_done_callback(self._code.discard)
+        task.add_done_callback(end)
         return task
 
-    async def perform(self, attempt: Attempt, host: AttemptHost, *, hurry: bool) -> Outcome:
+    def shows_context(self, task: Task[Any, Any]) -> bool:
+        """Whether somebody gets to see the Context of a task's runs; most functions take none."""
+        hooks = task.success_hooks or task.failure_hooks
+        return task.takes_context or bool(hooks or self._around(task))
+
+    async def perform(self, attempt: Attempt, host: AttemptHost | None, *, hurry: bool) -> Outcome:
         """Run the task's code within its timeout and return what it came to, whatever it does.
 
+        Without a host there is nothing that the code may ask for, and no Context.
         In a hurry, no sleep keeps its slot.
         """
-        attempt.context = self._context(attempt, host)
-        if hurry:
-            attempt.context.steps.drain()
+        if host is not None:
+            attempt.context = self._context(attempt, host)
+            if hurry:
+                attempt.context.steps.drain()
         if attempt.task.is_async:
             return await self._within_time(attempt)
         # Before the clock starts: a run that waits for a thread has not overrun.
@@ -115,12 +129,10 @@ class Performer:
         root, loop = envelope.root or envelope.run_id, asyncio.get_running_loop()
         running_in.set(RunningIn(envelope.run_id, envelope.task, envelope.attempt, root, loop))
         name = f"{attempt.task.id} {envelope.run_id}"
-        assert attempt.context is not None
-        if timeout is not None:
+        if timeout is not None and attempt.context is not None:
             attempt.context.deadline = self._now() + timedelta(seconds=timeout)
-        user = self._start(self._whole(attempt.task, attempt.context, envelope), name)
-        attempt.user, attempt.left = user, loop.create_future()
-        user.add_done_callback(attempt.leave)
+        attempt.left = loop.create_future()
+        user = attempt.user = self._start(self._whole(attempt), name, attempt.leave)
         timer = None if timeout is None else loop.call_later(timeout, attempt.expire)
         try:
             await attempt.left
@@ -134,14 +146,14 @@ class Performer:
             log.error("run %s of %s ignores its cancellation", envelope.run_id, attempt.task.id)
         if attempt.superseded:
             return Repeated()
-        if attempt.due_ms is not None and attempt.context.steps.defect is None:
+        if attempt.due_ms is not None and attempt.defect is None:
             # Even where the code has swallowed its cancellation and returned.
             return Sleeping(max(0, attempt.due_ms - self._clock.now_ms()) / 1000)
         if user.done() and not user.cancelled():
             return await self._judge(attempt, user.result())
         if attempt.interrupted:
             return Interrupted()
-        if timeout is not None and attempt.context.cancelled == "timeout":
+        if timeout is not None and attempt.cause == "timeout":
             late = TimeoutError(f"took longer than {timeout:g} s")
             return await self._judge(attempt, Raised(late))
         return await self._judge(attempt, Raised(RuntimeError("the task cancelled itself")))
@@ -158,37 +170,34 @@ class Performer:
         await self._call_hooks(attempt, attempt.task.failure_hooks, error)
         return Failed(reason, record)
 
-    async def _whole(
-        self, task: Task[Any, Any], context: Context, envelope: Envelope
-    ) -> Returned | Raised:
+    async def _whole(self, attempt: Attempt) -> Returned | Raised:
         """Run the code, and what steps it has left to themselves: they are part of the attempt.
 
         So is the payload store, before and after: it shares the attempt's timeout and end.
         """
+        task, context = attempt.task, attempt.context
         try:
-            ended = await self._run(task, context, envelope)
-            if task.takes_context or self._around(task):
+            ended = await self._run(attempt, context)
+            if context is not None:
                 # A step in an asyncio task that was only just made begins, and is waited for.
                 await asyncio.sleep(0)
-            forgotten = context.steps.forgotten()
-            await context.steps.finish()
-            if isinstance(ended, Raised):
-                return ended
-            if forgotten:
-                return Raised(_never_awaited(forgotten, task))
-            return await self._put(task, ended.value)
+                forgotten = context.steps.forgotten()
+                await context.steps.finish()
+                if forgotten and not isinstance(ended, Raised):
+                    return Raised(_never_awaited(forgotten, task))
+            return ended if isinstance(ended, Raised) else await self._put(task, ended.value)
         except asyncio.CancelledError:
-            context.steps.abandon()
+            if context is not None:
+                context.steps.abandon()
             raise
 
-    async def _run(
-        self, task: Task[Any, Any], context: Context, envelope: Envelope
-    ) -> Returned | Raised:
+    async def _run(self, attempt: Attempt, context: Context | None) -> Returned | Raised:
         """Load the payload and call the task in its middleware; errors of user code end here."""
-        if task.is_async:
+        task = attempt.task
+        if task.is_async and context is not None:
             context.steps.begin()
         try:
-            payload = context.payload = await _payload(task, envelope)
+            payload = await _payload(task, attempt.envelope)
         except EnvelopeError as error:
             return Raised(error, error.reason)
         except InvalidPayload as error:
@@ -197,13 +206,14 @@ class Performer:
             return Raised(error)
 
         try:
-            if around := self._around(task):
-                return Returned(await self._through(around, task, context))
-            return Returned(await task.call(context, payload, threads=self._counted))
+            if context is None:
+                return Returned(await task.call(None, payload, threads=self._counted))
+            context.payload = payload
+            return Returned(await self._through(task, context))
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: a task must not be able to stop the worker.
-            if context.cancelled is not None:
-                raise asyncio.CancelledError(context.cancelled) from error
+            if attempt.cause is not None:
+                raise asyncio.CancelledError(attempt.cause) from error
             if isinstance(error, asyncio.CancelledError):
                 return Raised(RuntimeError("the task cancelled itself"))
             return Raised(error)
@@ -212,16 +222,15 @@ class Performer:
         """Return the middleware of a task, the outermost first."""
         return self._middleware + task.options.middleware
 
-    async def _through(
-        self, around: tuple[Middleware, ...], task: Task[Any, Any], context: Context
-    ) -> Any:
+    async def _through(self, task: Task[Any, Any], context: Context) -> Any:
+        """Call the task in its middleware."""
         payload = context.payload
 
         async def innermost(inner: Context) -> Any:
             return await task.call(inner, payload, threads=self._counted)
 
         call: CallNext = innermost
-        for middleware in reversed(around):
+        for middleware in reversed(self._around(task)):
             call = partial(_wrap, middleware, call)
         return await call(context)
 
@@ -245,7 +254,7 @@ class Performer:
 
     async def _judge(self, attempt: Attempt, ended: Returned | Raised) -> Outcome:
         """Return what follows from how the code ended, and call the hooks if it is the end."""
-        defect = None if attempt.context is None else attempt.context.steps.defect
+        defect = attempt.defect
         if isinstance(defect, PayloadUnavailable):
             ended = Raised(defect)
         elif defect is not None:

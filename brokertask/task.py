@@ -104,6 +104,7 @@ class Task(Generic[P, R]):
         signature = _Signature.of(function, self.where)
         self._payload_name = signature.payload_name
         self._context_name = signature.context_name
+        self.takes_context = signature.context_name is not None
         self._in_loop = in_loop(function)
         self.payload_type: TypeAdapter[Any] = signature.payload
         self.result_type: TypeAdapter[Any] = signature.result
@@ -197,11 +198,6 @@ class Task(Generic[P, R]):
         return hook
 
     @property
-    def takes_context(self) -> bool:
-        """Whether its function has a parameter for the Context."""
-        return self._context_name is not None
-
-    @property
     def checkpoints(self) -> bool:
         """Whether its runs may have steps that are saved one by one."""
         return self.takes_context and self.options.checkpoint == "step"
@@ -231,9 +227,13 @@ class Task(Generic[P, R]):
         return typed.load(self.payload_type, value)
 
     async def call(
-        self, context: Context, payload: object, *, threads: anyio.CapacityLimiter | None = None
+        self,
+        context: Context | None,
+        payload: object,
+        *,
+        threads: anyio.CapacityLimiter | None = None,
     ) -> Any:
-        """Call the function with what its signature asks for."""
+        """Call the function with what its signature asks for; no Context, if it takes none."""
         arguments: dict[str, Any] = {}
         if self._payload_name is not None:
             arguments[self._payload_name] = payload

@@ -208,7 +208,7 @@ def _fits(tracer: sdk.Tracer) -> bool:
         return False
     try:
         tried = LeanSpan(tracer, "tried", traces.INVALID_SPAN_CONTEXT)
-        tried._span_processor = sdk.SynchronousMultiSpanProcessor()
+        tried._span_processor = sdk.SynchronousMultiSpanProcessor()  # type: ignore[no-untyped-call]
         tried.set_attribute("tried", 1)
         tried.add_event("tried")
         tried.set_status(StatusCode.ERROR, "tried")
