@@ -53,9 +53,9 @@ chaos-steps: setup tools ## The same under runs of five steps, and count what wa
 BENCH := .brokertask/bench
 
 .PHONY: bench
-bench: setup tools $(BENCH)/venv/.installed $(BENCH)/client ## Compare with the peers (QUICK=1 CASES=a,b ROUNDS=n GATE=1)
+bench: setup tools $(BENCH)/venv/.installed $(BENCH)/client ## Compare with the peers (QUICK=1 CASES=a,b ROUNDS=n MORE=1 GATE=1)
 	@.venv/bin/python -m tests.bench $(if $(QUICK),--quick) $(if $(CASES),--cases $(CASES)) \
-	$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(GATE),--gate)
+	$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(MORE),--more) $(if $(GATE),--gate)
 
 $(BENCH)/venv/.installed: tests/bench/peers/requirements.txt
 	@echo "Installing the peers into $(@D) (a minute, once)" >&2

@@ -31,18 +31,27 @@ DOCS: Final = ROOT / "docs"
 
 
 def bench(
-    stage: Stage, results: Results, cases: Sequence[Case], rounds: int, samples: Path | None = None
+    stage: Stage,
+    results: Results,
+    cases: Sequence[Case],
+    *,
+    rounds: int,
+    more: bool = False,
+    samples: Path | None = None,
 ) -> None:
     """Measure, group by group; within one, the rounds of all its cases and systems alternate.
 
-    What could not be measured is told, and left out. `samples` is written after each round.
+    Earlier samples of these cases and systems are replaced, or with `more` kept and added to. What
+    could not be measured is told, and left out. `samples` is written after each round.
     """
     for group in dict.fromkeys(case.group for case in cases):
         chosen = [case for case in cases if case.group == group]
-        results.forget((case.name, system) for case in chosen for system in case.systems)
-        for number in range(rounds):
+        if not more:
+            results.forget((case.name, system) for case in chosen for system in case.systems)
+        first = max(results.next_round(case.name) for case in chosen) if more else 0
+        for number in range(first, first + rounds):
             for case in chosen:
-                if number < (case.rounds or rounds):
+                if number < (case.rounds or first + rounds):
                     _round(stage, results, case, number)
             if samples is not None:
                 results.save(samples)
@@ -93,6 +102,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", metavar="GROUP,…", help="only these, the rest as it was")
     parser.add_argument("--systems", metavar="NAME,…", help="only these")
     parser.add_argument("--rounds", type=int, help=f"by default {ROUNDS}, or 1 with --quick")
+    parser.add_argument("--more", action="store_true", help="add rounds to those of earlier runs")
     parser.add_argument("--gate", action="store_true", help="fail if a goal of CPU is not met")
     return parser.parse_args(arguments)
 
@@ -106,7 +116,7 @@ def main() -> None:
         raise SystemExit(f"{TOOLS} lacks the peers or the C client; `make bench` puts them there")
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, lambda number, _: sys.exit(128 + number))
-    results = Results.load(SAMPLES) if arguments.cases else Results()
+    results = Results.load(SAMPLES) if arguments.cases or arguments.more else Results()
     with tempfile.TemporaryDirectory(prefix="brokertask-bench-") as folder:
         node = Node.create(Path(folder) / "node")
         try:
@@ -114,7 +124,8 @@ def main() -> None:
             rounds = arguments.rounds or (1 if arguments.quick else ROUNDS)
             with Stage(node, Path(folder)) as stage:
                 samples = None if arguments.quick else SAMPLES
-                bench(stage, results, cases, rounds, samples)
+                more = arguments.more
+                bench(stage, results, cases, rounds=rounds, more=more, samples=samples)
         finally:
             node.destroy()
     print(report.goals_table(results))

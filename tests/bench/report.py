@@ -288,6 +288,7 @@ written by `make bench`, on the date below.
 make bench                     # everything, and this page anew; an hour
 make bench QUICK=1             # the main cases, printed, in two minutes
 make bench CASES=flow,latency  # these anew, the rest of the page as it was
+make bench MORE=1 ROUNDS=2     # two rounds more of everything
 make bench GATE=1              # fails if a goal of processor time is not met
 ```
 

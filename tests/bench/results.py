@@ -56,6 +56,10 @@ class Results:
         """Return how many rounds of a case there are, at most, of one system."""
         return len({each.round for each in self._samples if each.case == case})
 
+    def next_round(self, case: str) -> int:
+        """Return the number of the round after the last one of a case."""
+        return max((each.round + 1 for each in self._samples if each.case == case), default=0)
+
     def spread(self, case: str, system: str, figure: str) -> Spread | None:
         """Return the median of one figure over the rounds."""
         return Spread.of(list(self.figures(case, system, figure).values()))

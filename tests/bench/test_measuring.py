@@ -45,11 +45,13 @@ def test_a_short_run_measures_and_keeps_what_it_found(
 ) -> None:
     case = replace(CASES["drain-100"].quick(), systems=("brokertask",), own_tasks=300)
     samples = tmp_path / "samples.jsonl"
-    bench(stage, Results(), [case], 1, samples)
+    bench(stage, Results(), [case], rounds=1, samples=samples)
+    bench(stage, Results.load(samples), [case], rounds=1, more=True, samples=samples)
     said = capsys.readouterr()
     assert "tasks/s" in said.out
     assert said.err == ""
     found = Results.load(samples)
+    assert sorted(found.figures("drain-100", "brokertask", "rate")) == [0, 1]
     for figure in ("rate", "worker", "broker", "resident"):
         spread = found.spread("drain-100", "brokertask", figure)
         assert spread is not None
@@ -96,7 +98,7 @@ def test_a_worker_that_dies_is_told_of(
     )
     monkeypatch.setitem(SYSTEMS, "brokertask", broken)
     results = Results()
-    bench(stage, results, [case], 1)
+    bench(stage, results, [case], rounds=1)
     assert "oh no" in capsys.readouterr().err
     assert results.spread("drain-100", "brokertask", "rate") is None
 
