@@ -37,7 +37,7 @@ def measure(stage: Stage, case: Case, name: str, number: int) -> Sample:
     """
     system = BY_NAME[name]
     with stage.play(case, system) as play:
-        tasks = case.own_tasks if system.ours or system.compiled else case.tasks
+        tasks = case.own_tasks if system.fast else case.tasks
         figures = _MEASURES[case.measure](play, case, system, tasks)
     return Sample(case.name, name, number, figures)
 

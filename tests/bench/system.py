@@ -44,6 +44,11 @@ class System:
     note: str = ""
 
     @property
+    def fast(self) -> bool:
+        """Whether it is given the larger amount of work."""
+        return self.compiled or (self.ours and "BROKERTASK_DATA_PLANE" not in self.environment)
+
+    @property
     def ours(self) -> bool:
         return self.queue != QUEUE
 
