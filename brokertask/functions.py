@@ -14,7 +14,7 @@ import anyio.to_thread
 from pydantic import PydanticUserError, TypeAdapter
 from pydantic.errors import PydanticSchemaGenerationError
 
-from brokertask.errors import UnsupportedType
+from brokertask.errors import ConfigurationError, UnsupportedType
 
 
 def is_async(function: Callable[..., Any]) -> bool:
@@ -47,6 +47,18 @@ def qualified_name(function: Callable[..., Any]) -> str:
     inner = _innermost(function)
     name = getattr(inner, "__qualname__", None)
     return name if isinstance(name, str) else type(inner).__qualname__
+
+
+def place_of(function: Callable[..., Any]) -> str:
+    """Return where a function is written: file and line.
+
+    Raises:
+        ConfigurationError: It is no function.
+    """
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        raise ConfigurationError(f"a task is a function, not {function!r}")
+    return f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def adapter(annotation: Any, what: str) -> TypeAdapter[Any]:

@@ -31,12 +31,11 @@ from brokertask.client import Client
 from brokertask.context import Context
 from brokertask.durations import Duration, seconds
 from brokertask.errors import (
-    ConfigurationError,
     InvalidOption,
     InvalidPayload,
     UnsupportedType,
 )
-from brokertask.functions import adapter, call, in_loop, is_async
+from brokertask.functions import adapter, call, in_loop, is_async, place_of
 from brokertask.request import TriggerOptions
 from brokertask.retry import Retry
 from brokertask.run import Run
@@ -99,7 +98,7 @@ class Task(Generic[P, R]):
         self.id = check_task_id(id)
         self.options = options
         self.client = client
-        self.where = _where(function)
+        self.where = place_of(function)
         self.is_async = inspect.iscoroutinefunction(function)
         signature = _Signature.of(function, self.where)
         self._payload_name = signature.payload_name
@@ -397,10 +396,3 @@ def _check_many(where: str, given: Any) -> None:
     _check_names(where, given, TriggerOptions)
     if given.pop("run_id", None) is not None:
         raise InvalidOption(f"{where}: each run has an id of its own; leave out run_id")
-
-
-def _where(function: Callable[..., Any]) -> str:
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    if code is None:
-        raise ConfigurationError(f"a task is a function, not {function!r}")
-    return f"{code.co_filename}:{code.co_firstlineno}"
