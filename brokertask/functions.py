@@ -6,15 +6,27 @@ import inspect
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final, Never, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Final,
+    Never,
+    NoReturn,
+    TypeAlias,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 from weakref import WeakKeyDictionary
 
-import anyio
 import anyio.to_thread
 from pydantic import PydanticUserError, TypeAdapter
 from pydantic.errors import PydanticSchemaGenerationError
 
 from brokertask.errors import ConfigurationError, UnsupportedType
+
+InThread: TypeAlias = Callable[[Callable[[], Any]], Awaitable[Any]]
+"""Calls a function in a thread: a method of `threads.Threads`."""
 
 
 def is_async(function: Callable[..., Any]) -> bool:
@@ -30,14 +42,18 @@ def in_loop(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(_called(function))
 
 
-async def call(function: Callable[[], Any], *, threads: anyio.CapacityLimiter | None = None) -> Any:
+async def call(function: Callable[[], Any], *, thread: InThread | None = None) -> Any:
     """Call a function of either kind and return its result; a sync one runs in a thread.
 
-    Cancelled, it does not wait for the thread, which Python cannot end.
+    Cancelled, it does not wait for the thread, which Python cannot end. Without a `thread` to run
+    it in, outside of a worker, it is one of anyio's.
     """
     if in_loop(function):
         return await function()
-    result = await anyio.to_thread.run_sync(function, limiter=threads, abandon_on_cancel=True)
+    if thread is None:
+        result = await anyio.to_thread.run_sync(function, abandon_on_cancel=True)
+    else:
+        result = await thread(function)
     # A plain wrapper around an async function looks like a sync one until it is called.
     return await result if inspect.isawaitable(result) else result
 

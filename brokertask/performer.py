@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final, TypeVar
-
-import anyio
 
 from brokertask.attempt import Attempt, Raised, Returned
 from brokertask.clock import Clock
@@ -49,6 +46,7 @@ from brokertask.run import RunningIn, running_in
 from brokertask.settings import Settings
 from brokertask.steps import Steps
 from brokertask.task import CallNext, Middleware, Task
+from brokertask.threads import Threads
 from brokertask.typed import dump
 from brokertask.values import MSGPACK, clip, decode, encode
 
@@ -74,8 +72,7 @@ class Performer:
         self._worker = worker
         self._clock = clock
         self._settings = settings
-        self._threads = anyio.CapacityLimiter(settings.thread_limit)
-        self._counted = anyio.CapacityLimiter(math.inf)
+        self._threads = Threads(settings.thread_limit)
         self._middleware = tuple(middleware)
         self._state = state
         self._code: set[asyncio.Task[Any]] = set()
@@ -86,6 +83,7 @@ class Performer:
             code.cancel("drain")
         if self._code:
             await asyncio.wait(self._code, timeout=LEAVING)
+        self._threads.close()
 
     def _start(
         self, code: Coroutine[Any, Any, T], name: str, ended: Callable[[], None] = lambda: None
@@ -119,7 +117,7 @@ class Performer:
         if attempt.task.is_async:
             return await self._within_time(attempt)
         # Before the clock starts: a run that waits for a thread has not overrun.
-        async with self._threads:
+        async with self._threads.slots:
             if attempt.interrupted or attempt.superseded:
                 return Repeated() if attempt.superseded else Interrupted()
             return await self._within_time(attempt)
@@ -207,7 +205,7 @@ class Performer:
 
         try:
             if context is None:
-                return Returned(await task.call(None, payload, threads=self._counted))
+                return Returned(await task.call(None, payload, thread=self._threads.run_at_once))
             context.payload = payload
             return Returned(await self._through(task, context))
         except BaseException as error:
@@ -227,7 +225,7 @@ class Performer:
         payload = context.payload
 
         async def innermost(inner: Context) -> Any:
-            return await task.call(inner, payload, threads=self._counted)
+            return await task.call(inner, payload, thread=self._threads.run_at_once)
 
         call: CallNext = innermost
         for middleware in reversed(self._around(task)):
@@ -294,7 +292,7 @@ class Performer:
             span=attempt.span,
             clock=self._clock,
             # A sync task's thread must not wait for another of the same few.
-            threads=self._threads if attempt.task.is_async else self._counted,
+            thread=self._threads.run if attempt.task.is_async else self._threads.run_at_once,
             max_bytes=self._settings.max_memory_bytes,
             claims=attempt.task.client.claims,
         )

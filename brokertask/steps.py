@@ -17,8 +17,6 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Final, Protocol, TypeVar
 
-import anyio
-
 from brokertask.claim import Claim
 from brokertask.claims import Claims
 from brokertask.clock import Clock, SystemClock
@@ -31,7 +29,7 @@ from brokertask.errors import (
     StepMismatch,
     UnsupportedType,
 )
-from brokertask.functions import qualified_name, result_type
+from brokertask.functions import InThread, qualified_name, result_type
 from brokertask.memory import Memory, Metadata, Step
 from brokertask.places import SLEEP, Asked, Places
 from brokertask.results import packed, restored, same
@@ -84,7 +82,7 @@ class Steps:
         host: Host | None = None,
         span: AttemptSpan | None = None,
         clock: Clock | None = None,
-        threads: anyio.CapacityLimiter | None = None,
+        thread: InThread | None = None,
         max_bytes: int = 1_048_576,
         claims: Claims | None = None,
     ) -> None:
@@ -94,7 +92,7 @@ class Steps:
         self._host = host
         self._span = span
         self._clock = clock or SystemClock()
-        self._threads = threads
+        self._thread = thread
         self._max_bytes = max_bytes
         self._claims = claims or Claims()
         self._finished = {step.key: step for step in memory.steps}
@@ -116,7 +114,7 @@ class Steps:
 
     @cached_property
     def _tries(self) -> Tries:
-        return Tries(self._places, span=self._span, threads=self._threads, rest=self._rest)
+        return Tries(self._places, span=self._span, thread=self._thread, rest=self._rest)
 
     @cached_property
     def _idle(self) -> asyncio.Event:

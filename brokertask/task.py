@@ -22,7 +22,6 @@ from typing import (
     overload,
 )
 
-import anyio
 from pydantic import TypeAdapter
 
 from brokertask import typed
@@ -35,7 +34,7 @@ from brokertask.errors import (
     InvalidPayload,
     UnsupportedType,
 )
-from brokertask.functions import adapter, call, in_loop, is_async, place_of
+from brokertask.functions import InThread, adapter, call, in_loop, is_async, place_of
 from brokertask.request import TriggerOptions
 from brokertask.retry import Retry
 from brokertask.run import Run
@@ -230,7 +229,7 @@ class Task(Generic[P, R]):
         context: Context | None,
         payload: object,
         *,
-        threads: anyio.CapacityLimiter | None = None,
+        thread: InThread | None = None,
     ) -> Any:
         """Call the function with what its signature asks for; no Context, if it takes none."""
         arguments: dict[str, Any] = {}
@@ -240,7 +239,7 @@ class Task(Generic[P, R]):
             arguments[self._context_name] = context
         if self._in_loop:
             return await self.function(**arguments)
-        return await call(partial(self.function, **arguments), threads=threads)
+        return await call(partial(self.function, **arguments), thread=thread)
 
 
 class TaskDecorator:
