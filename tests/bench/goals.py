@@ -50,7 +50,7 @@ class Goal:
     at_most: bool = False
     unit: str = "x"
     machine_may_limit: bool = False
-    """It is met as well if the whole machine is busy with it."""
+    """It is excused if worker and broker together use the whole machine; others do not count."""
 
     @property
     def by_cpu(self) -> bool:

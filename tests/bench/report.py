@@ -23,6 +23,8 @@ from tests.bench.system import BY_NAME, SYSTEMS
 
 REQUIREMENTS: Final = ROOT / "tests/bench/peers/requirements.txt"
 PLOTTED: Final = "drain-100"
+FEWEST: Final = 3
+"""Rounds that a median needs."""
 US: Final = 1000.0
 """From seconds per 1,000 tasks to µs per task."""
 
@@ -72,7 +74,7 @@ EXTRA: Final[dict[str, tuple[Column, ...]]] = {
     ),
     "payload": (RESIDENT,),
     "memory": (RESIDENT, Column("grown", "of which gained, MiB", 1)),
-    "processes": (Column("share", "part of all cores in use", 2),),
+    "processes": (Column("share", "part of all cores that it and its broker use", 2),),
 }
 """What is of interest in some groups only."""
 
@@ -271,6 +273,7 @@ def _noise(results: Results, cases: Sequence[Case]) -> str:
         if (spread := results.spread(case.name, system, "foreign")) is not None
     ]
     told = f"{rounds} round{'s' if rounds > 1 else ''}"
+    told += ", too few to rely on" if rounds < FEWEST else ""
     if not others:
         return f"{told}."
     return f"{told}; others used up to {max(others):.1f} cores meanwhile."
@@ -316,5 +319,5 @@ does. Its classic queue is made by the harness and is no option of the product: 
 delivery limit and at-least-once dead-lettering its [guarantees](concepts/guarantees.md) would
 not hold.
 
-A task that does nothing shows what the machinery costs. Beside a task of 1 ms, all of them are
-within a factor of two."""
+A task that does nothing shows what the machinery costs; one that does something dilutes every
+ratio."""

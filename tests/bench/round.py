@@ -135,7 +135,7 @@ def _figures(begin: Reading, end: Reading, tasks: int, seconds: float) -> dict[s
     return {
         "rate": tasks / seconds,
         **{who: used / thousands for who, used in spent.items() if used},
-        "share": (end.machine - begin.machine) / wall / (os.cpu_count() or 1),
+        "share": sum(spent.values()) / wall / (os.cpu_count() or 1),
         "foreign": max(0.0, end.machine - begin.machine - sum(spent.values())) / wall,
     }
 

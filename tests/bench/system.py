@@ -112,7 +112,9 @@ def _faststream(setup: Setup) -> Sequence[str]:
     return [*(str(PYTHON), "-m", "faststream", "run", "tests.bench.peers.faststream:app", *several)]
 
 
-def _own(name: str, title: str, kind: Kind, environment: Mapping[str, str]) -> System:
+def _own(
+    name: str, title: str, kind: Kind, environment: Mapping[str, str], note: str = ""
+) -> System:
     return System(
         name=name,
         title=title,
@@ -122,27 +124,36 @@ def _own(name: str, title: str, kind: Kind, environment: Mapping[str, str]) -> S
         queue="bt.q.noop",
         environment=environment,
         sync=True,
+        note=note,
     )
 
 
 _TRACES: Final = {"OTEL_EXPORTER_OTLP_ENDPOINT": OTLP, "OTEL_METRICS_EXPORTER": "none"}
-_SYNC_PRODUCER: Final = "one publish in flight in a producer thread; confirms are off by default"
+_SYNC_PRODUCER: Final = "one publish in flight in a producer; confirms, off by default, are on"
 
 SYSTEMS: Final = (
     _own("brokertask", "brokertask", "classic", {}),
     _own("brokertask-quorum", "brokertask, quorum", "quorum", {}),
     _own(
         "brokertask-unsampled",
-        "brokertask, SDK on, unsampled",
+        "brokertask, unsampled",
         "classic",
         _TRACES | {"OTEL_TRACES_SAMPLER": "always_off"},
+        "the OpenTelemetry SDK is set up, and samples nothing",
     ),
-    _own("brokertask-traced", "brokertask, traced and exported", "classic", _TRACES),
+    _own(
+        "brokertask-traced",
+        "brokertask, traced",
+        "classic",
+        _TRACES,
+        "every run is sampled, and exported over OTLP to a collector that forgets it",
+    ),
     _own(
         "brokertask-aio-pika",
         "brokertask, over aio-pika",
         "classic",
         {"BROKERTASK_DATA_PLANE": "aio-pika"},
+        "with `BROKERTASK_DATA_PLANE=aio-pika`",
     ),
     System(
         name="celery-prefork",

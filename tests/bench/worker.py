@@ -17,7 +17,6 @@ from statistics import median
 from typing import Any, Final
 
 import uvloop
-from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
@@ -26,6 +25,7 @@ from pydantic import BaseModel
 from brokertask import App, Context, Settings, Task
 from brokertask.envelope import Envelope, Message
 from brokertask.telemetry import Telemetry
+from brokertask.telemetry.exporter import encode
 from brokertask.topology import Binding, Queue, Route, Topology
 from brokertask.transport.base import Consumer, Depth, Difference, Receive
 from brokertask.worker import Worker
@@ -132,7 +132,7 @@ class Dropped(SpanExporter):
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         if self._encodes:
-            encode_spans(spans).SerializeToString()
+            encode(spans)
         return SpanExportResult.SUCCESS
 
 
