@@ -12,13 +12,14 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import replace
-from typing import Any, Final, TypedDict
+from typing import Any, Final
 
 from pydantic import TypeAdapter
 
+from brokertask.batch import Source, parts, send_each
+from brokertask.claim import Claim
 from brokertask.claims import Claims
-from brokertask.durations import Duration, seconds
+from brokertask.durations import Duration
 from brokertask.envelope import Envelope, Message
 from brokertask.errors import (
     AccessDenied,
@@ -31,35 +32,21 @@ from brokertask.errors import (
     Unroutable,
 )
 from brokertask.events import Event
-from brokertask.identity import checked_id, checked_tags, uuid7
+from brokertask.identity import checked_id, uuid7
 from brokertask.portal import portal
-from brokertask.run import Run, Session, from_thread, private_queue, running_in
+from brokertask.request import Request
+from brokertask.run import Run, Session, from_thread, private_queue
 from brokertask.settings import Settings
 from brokertask.telemetry import Telemetry
-from brokertask.topology import IN_PLACE_MS, Binding, Route, Topology, check_task_id
+from brokertask.topology import Binding, Route, Topology
 from brokertask.transport.base import Transport
 from brokertask.values import encode
 
 log = logging.getLogger("brokertask.client")
 
 MAX_UNHEARD: Final = 10_000
-IN_FLIGHT: Final = 256
-"""Publishes of one `trigger_many` that wait for their confirm at a time."""
 JOINED_FAN_OUT: Final = 50
 """Larger fan-outs get traces of their own: trace viewers are slow beyond some thousand spans."""
-
-
-class TriggerOptions(TypedDict, total=False):
-    """What `trigger` takes beside the payload."""
-
-    delay: Duration
-    """Start no sooner than after this long."""
-    expires: Duration
-    """Do not start later than after this long; the run then ends as expired."""
-    tags: Sequence[str]
-    """Up to 32 short labels, carried along and shown."""
-    run_id: str
-    """The run's id, to repeat a trigger whose answer is unknown. Default: a new UUIDv7."""
 
 
 class Client:
@@ -121,14 +108,14 @@ class Client:
             PublishError: The run was not taken, or (`unknown`) perhaps was; `run_id` is set.
             PayloadError: The payload cannot be sent; nothing was.
         """
-        envelope = self._envelope(
-            task, self.encode(payload), delay=delay, expires=expires, tags=tags, run_id=run_id
-        )
+        body = self.encode(payload)
+        request = self._request(task, delay=delay, expires=expires, tags=tags)
+        run_id = checked_id(run_id) if run_id is not None else uuid7(self._now_ms())
         session = await self._session()
-        await self._find_queue(session, envelope)
-        envelope = envelope.claimed(await self.claims.put(envelope.payload))
-        run: Run[Any] = Run(envelope.run_id, task, session, result or _ANYTHING)
-        envelope, route = self._addressed(session, envelope, detach=False)
+        await self._find_queue(session, request, run_id)
+        claim = await self.claims.put(body)
+        run: Run[Any] = Run(run_id, task, session, result or _ANYTHING)
+        envelope, route = self._addressed(session, request, run_id, body, claim, detach=False)
         with self._telemetry.send(route, trace=envelope.trace):
             await self._publish(session, envelope, route)
         return run
@@ -145,45 +132,44 @@ class Client:
     ) -> list[Run[Any]]:
         """Ask for a run for each payload, in order, sharing round trips to the broker.
 
-        Nothing is sent unless every payload can be.
+        Nothing is sent unless every payload can be. Keeps each payload in msgpack until all are
+        sent, and a `Run` for each; `trigger_stream` keeps neither.
 
         Raises:
             BatchError: Some were not taken; its `results` tell of each.
             PayloadError: A payload cannot be sent; nothing was.
         """
+        request = self._request(task, delay=delay, expires=expires, tags=tags)
         bodies = [self.encode(payload) for payload in payloads]
-        envelopes = [
-            self._envelope(task, body, delay=delay, expires=expires, tags=tags) for body in bodies
-        ]
-        session = await self._session()
-        if envelopes:
-            await self._find_queue(session, envelopes[0])
-        claims = await self.claims.put_all(bodies)
-        envelopes = [each.claimed(claim) for each, claim in zip(envelopes, claims, strict=True)]
-        detach = len(envelopes) > JOINED_FAN_OUT
-        results: list[Run[Any] | PublishError] = [
-            Run(envelope.run_id, task, session, result or _ANYTHING) for envelope in envelopes
-        ]
-        waiting = iter(enumerate(envelopes))
+        detach = len(bodies) > JOINED_FAN_OUT
+        return await self._send(request, bodies, result or _ANYTHING, detach=detach)
 
-        async def work() -> None:
-            for index, envelope in waiting:
-                run = results[index]
-                assert isinstance(run, Run)
-                addressed, route = self._addressed(session, envelope, detach=detach)
-                try:
-                    await self._publish(session, addressed, route)
-                except PublishError as error:
-                    results[index] = error
+    async def trigger_stream(
+        self,
+        task: str,
+        payloads: Source[object],
+        *,
+        result: TypeAdapter[Any] | None = None,
+        delay: Duration = 0,
+        expires: Duration | None = None,
+        tags: Sequence[str] = (),
+    ) -> AsyncIterator[Run[Any]]:
+        """Ask for a run for each payload while they come, and yield the runs in order.
 
-        with self._telemetry.send(self._settings.names.trigger_route(task), count=len(envelopes)):
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(IN_FLIGHT, len(envelopes))):
-                    group.create_task(work())
-        runs = [run for run in results if isinstance(run, Run)]
-        if len(runs) < len(results):
-            raise BatchError(results)
-        return runs
+        Reads up to 1,000 payloads, sends them as `trigger_many` does, and yields their runs before
+        it reads on: in constant memory, and no faster than its reader or the broker. Each run has a
+        trace of its own.
+
+        Raises:
+            BatchError: Of the last 1,000 at most, some were not taken; its `results` tell of each.
+                The ones before were, and none after them is sent.
+            PayloadError: A payload cannot be sent; nothing was of those since the last run yielded.
+        """
+        request = self._request(task, delay=delay, expires=expires, tags=tags)
+        async for part in parts(payloads):
+            bodies = [self.encode(payload) for payload in part]
+            for run in await self._send(request, bodies, result or _ANYTHING, detach=True):
+                yield run
 
     def trigger_sync(
         self,
@@ -284,52 +270,60 @@ class Client:
             )
         return body
 
-    def _envelope(
-        self,
-        task: str,
-        body: bytes,
-        *,
-        delay: Duration,
-        expires: Duration | None,
-        tags: Sequence[str],
-        run_id: str | None = None,
-    ) -> Envelope:
-        check_task_id(task)
-        now = self._now_ms()
-        delay_ms = round(seconds(delay) * 1000)
-        parent = running_in.get()
-        identity = checked_id(run_id) if run_id is not None else uuid7(now)
-        return Envelope(
-            run_id=identity,
-            task=task,
-            payload=body,
-            triggered_ms=now,
-            sent_ms=now,
-            due_ms=now + delay_ms if delay_ms > IN_PLACE_MS else None,
-            expires_ms=None if expires is None else now + round(seconds(expires) * 1000),
-            tags=checked_tags(tags),
-            parent=parent.run_id if parent else None,
-            root=parent.root if parent else None,
-            app_id=self._app_id,
-        )
+    def _request(
+        self, task: str, *, delay: Duration, expires: Duration | None, tags: Sequence[str]
+    ) -> Request:
+        return Request.of(task, app_id=self._app_id, delay=delay, expires=expires, tags=tags)
+
+    async def _send(
+        self, request: Request, bodies: Sequence[bytes], result: TypeAdapter[Any], *, detach: bool
+    ) -> list[Run[Any]]:
+        """Publish a run for each body, some at a time, or raise `BatchError`."""
+        session, task = await self._session(), request.task
+        if bodies:
+            await self._find_queue(session, request, None)
+        claims = await self.claims.put_all(bodies)
+
+        async def send(content: tuple[bytes, Claim | None]) -> Run[Any]:
+            run_id = uuid7(self._now_ms())
+            run: Run[Any] = Run(run_id, task, session, result)
+            envelope, route = self._addressed(session, request, run_id, *content, detach=detach)
+            await self._publish(session, envelope, route)
+            return run
+
+        with self._telemetry.send(self._settings.names.trigger_route(task), count=len(bodies)):
+            results = await send_each(list(zip(bodies, claims, strict=True)), send)
+        runs = [run for run in results if isinstance(run, Run)]
+        if len(runs) < len(results):
+            raise BatchError(results)
+        return runs
 
     def _addressed(
-        self, session: Session, envelope: Envelope, *, detach: bool
+        self,
+        session: Session,
+        request: Request,
+        run_id: str,
+        body: bytes,
+        claim: Claim | None,
+        *,
+        detach: bool,
     ) -> tuple[Envelope, Route]:
-        """Return the envelope with its trace and reply address, and where to publish it."""
-        names = self._settings.names
-        trace = self._telemetry.trigger(
-            envelope.task, envelope.run_id, parent_run=envelope.parent, detach=detach
+        """Return the message of a run with its trace and reply address, and where to publish it."""
+        parent = request.parent.run_id if request.parent else None
+        return request.addressed(
+            self._settings.names,
+            run_id=run_id,
+            body=body,
+            claim=claim,
+            trace=self._telemetry.trigger(request.task, run_id, parent_run=parent, detach=detach),
+            reply_to=session.reply_key,
+            now_ms=self._now_ms(),
         )
-        route, left = names.trigger_route(envelope.task), 0
-        if envelope.due_ms is not None and envelope.sent_ms is not None:
-            route, left = names.delay_route(envelope.task, envelope.due_ms - envelope.sent_ms)
-        return replace(envelope, trace=trace, left_ms=left, reply_to=session.reply_key), route
 
-    async def _find_queue(self, session: Session, envelope: Envelope) -> None:
+    async def _find_queue(self, session: Session, request: Request, run_id: str | None) -> None:
         """Refuse a delayed run that no queue is for: after the delay, nobody would be told."""
-        task = envelope.task
-        if envelope.due_ms is None or task in session.found:
+        task = request.task
+        if request.delay_ms is None or task in session.found:
             return
         queue = self._settings.names.queue(task)
         with suppress(AccessDenied):  # RabbitMQ 4.3 and later let only some users look.
@@ -337,7 +331,7 @@ class Client:
                 raise Unroutable(
                     f"no queue on this broker is for task {task!r}: no worker has declared it. "
                     "Start one, run `brokertask topology apply`, or mend the task's id",
-                    run_id=envelope.run_id,
+                    run_id=run_id,
                 )
         session.found.add(task)
 

@@ -97,20 +97,25 @@ class Context:
     """What `progress` was told last."""
     steps: Steps = field(default_factory=Steps, repr=False)
     changed: Callable[[], None] = field(default=lambda: None, repr=False)
-    log: RunLogger = field(init=False)
-    metadata: RunMetadata = field(init=False, repr=False)
-    """Notes of the run about itself, remembered by it and told in its events: a mapping of names
-    to plain values. Set items, do not change values in place."""
 
-    def __post_init__(self) -> None:
+    @property
+    def log(self) -> RunLogger:
+        """A logger whose records tell of the run."""
         fields = {
             "run_id": self.run_id,
             "task": self.task,
             "attempt": self.attempt,
             "trace_id": self.trace_id,
         }
-        self.log = RunLogger(log, fields)
-        self.metadata = RunMetadata(self.steps, lambda: self.changed())
+        return RunLogger(log, fields)
+
+    @property
+    def metadata(self) -> RunMetadata:
+        """Notes of the run about itself, remembered by it and told in its events.
+
+        A mapping of names to plain values. Set items, do not change values in place.
+        """
+        return RunMetadata(self.steps, lambda: self.changed())
 
     @overload
     def step(

@@ -16,7 +16,7 @@ any. The body is a msgpack map.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, Final
 
@@ -84,7 +84,11 @@ class Event:
 
     def message(self) -> Message:
         """Return it as the message to publish."""
-        values = {name: value for name, value in asdict(self).items() if value is not None}
+        values = {name: value for name in _FIELDS if (value := getattr(self, name)) is not None}
+        if self.error is not None:
+            values["error"] = asdict(self.error)
+        if self.claim is not None:
+            values["claim"] = asdict(self.claim)
         return Message(
             body=pack(values),
             correlation_id=self.run_id,
@@ -114,6 +118,9 @@ class Event:
             )
         except (TypeError, AttributeError) as problem:
             raise EnvelopeError(f"not an event: {problem}", reason="undecodable") from None
+
+
+_FIELDS: Final = tuple(one.name for one in fields(Event))
 
 
 def event_of(outcome: Outcome, envelope: Envelope, *, at_ms: int, worker: str) -> Event | None:

@@ -21,7 +21,6 @@ from brokertask.attempt import Attempt, Key
 from brokertask.clock import Clock
 from brokertask.continuation import continuation, early_ms, expired
 from brokertask.deadletter import bury_raw
-from brokertask.durations import readable
 from brokertask.envelope import Envelope, Message, run_id_of
 from brokertask.errors import BrokertaskError, EnvelopeError, PublishError
 from brokertask.events import Event, event_of
@@ -93,15 +92,16 @@ class Executor:
 
     async def execute(self, delivery: Delivery, task: Task[Any, Any]) -> None:
         """Do what `delivery` asks for, and settle it. Never raises for what a message holds."""
-        lease = Lease(Envelope(run_id="", task=task.id, payload=b""), [delivery])
+        attempt: Attempt | None = None
         try:
-            await self._take(self._read(lease, task))
+            attempt = self._read(delivery, task)
+            await self._take(attempt)
         except Exception:
             # A defect of ours. Kept, the message would hold a slot for as long as we live; given
             # back, it is tried elsewhere, and in the end the broker buries it.
             log.critical("an execution failed inside brokertask", exc_info=True)
             await asyncio.sleep(DEFECT_PAUSE)
-            for each in lease.deliveries:
+            for each in [delivery] if attempt is None else attempt.lease.deliveries:
                 await each.requeue()
 
     async def _take(self, attempt: Attempt) -> None:
@@ -156,10 +156,8 @@ class Executor:
         """Renew messages that are held for long, until cancelled."""
         await self._keeper.renew(lambda: list(self._running))
 
-    def _read(self, lease: Lease, task: Task[Any, Any]) -> Attempt:
-        (delivery,) = lease.deliveries
-        message = delivery.message
-        lease.since = asyncio.get_running_loop().time()
+    def _read(self, delivery: Delivery, task: Task[Any, Any]) -> Attempt:
+        message, since = delivery.message, asyncio.get_running_loop().time()
         try:
             envelope = Envelope.read(
                 message,
@@ -168,15 +166,15 @@ class Executor:
                 max_memory_bytes=self._settings.max_memory_bytes,
             )
         except EnvelopeError as error:
-            run_id = run_id_of(message, task.id)
-            lease.envelope = replace(lease.envelope, run_id=run_id)
-            return Attempt(task, lease, unread=error)
+            unknown = Envelope(run_id=run_id_of(message, task.id), task=task.id, payload=b"")
+            return Attempt(task, Lease(unknown, [delivery], since), unread=error)
         # A lost delivery was an attempt: whoever had it died with it, or lost the broker.
         before = self._names.died_inflight(message.headers)
         carried = self._transport.carries_losses
         lost = max(delivery.lost, before) if carried else delivery.lost + before
-        lease.envelope = replace(envelope, attempt=envelope.attempt + lost)
-        return Attempt(task, lease, lost=lost)
+        if lost:
+            envelope = replace(envelope, attempt=envelope.attempt + lost)
+        return Attempt(task, Lease(envelope, [delivery], since), lost=lost)
 
     async def _execute(self, attempt: Attempt) -> None:
         self._running.add(attempt)
@@ -188,6 +186,7 @@ class Executor:
             self._running.discard(attempt)
             if self._attempts.get(attempt.key) is attempt:
                 del self._attempts[attempt.key]
+            attempt.release()
             attempt.over.set()
 
     async def _end(self, attempt: Attempt) -> None:
@@ -217,7 +216,7 @@ class Executor:
             return  # Another message may only look the same.
         # For its settlement alone, so without what its code may still hold on to.
         attempt.lease.envelope = attempt.now
-        attempt.user = attempt.context = attempt.left = None
+        attempt.release()
         size = len(attempt.envelope.payload) + attempt.envelope.memory.size
         size += len(outcome.result) if isinstance(outcome, Succeeded) else 0
         if size <= KEPT_BYTES:
@@ -259,13 +258,18 @@ class Executor:
             elif envelope.attempt > retry.max_attempts:
                 outcome = await self._performer.give_up(attempt, "crashed", _crashed(envelope))
             else:
-                host = AttemptHost(
-                    attempt, self._keeper.save, self._news, clock=self._clock, worker=self._worker
-                )
+                host = self._host(attempt)
                 outcome = await self._performer.perform(attempt, host, hurry=self._draining)
-                await host.finish()
+                if host is not None:
+                    await host.finish()
             span.end(outcome, at_ms=self._clock.now_ms())
             return outcome
+
+    def _host(self, attempt: Attempt) -> AttemptHost | None:
+        if not self._performer.shows_context(attempt.task):
+            return None
+        save, tell = self._keeper.save, self._news
+        return AttemptHost(attempt, save, tell, clock=self._clock, worker=self._worker)
 
     async def _news(self, attempt: Attempt, event: Event) -> None:
         """Publish an event in the middle of a run: only news, so one try will do."""
@@ -286,7 +290,7 @@ class Executor:
         async with attempt.lease.moving:
             if attempt.ended_ms is None:
                 attempt.ended_ms = self._clock.now_ms()
-                _log(attempt, outcome)
+                attempt.log(outcome)
             now = attempt.ended_ms
             if not attempt.followed:
                 if not await self._publish_surely(attempt, outcome):
@@ -300,6 +304,8 @@ class Executor:
     def _follows(
         self, attempt: Attempt, outcome: Outcome, now: int
     ) -> tuple[Route, Message] | None:
+        if isinstance(outcome, Succeeded):
+            return None
         if attempt.unread is not None and isinstance(outcome, Failed):
             message, task = attempt.lease.deliveries[0].message, attempt.task.id
             return self._names.dead_route(task), bury_raw(message, outcome, task=task, now_ms=now)
@@ -340,7 +346,7 @@ class Executor:
 
         Tries for the time of one publish: whoever listens must not hold up the run.
         """
-        event = event_of(outcome, attempt.now, at_ms=now, worker=self._worker)
+        event = event_of(outcome, attempt.remembering, at_ms=now, worker=self._worker)
         if event is None:
             return True
         route = self._event_route(attempt, event)
@@ -371,24 +377,6 @@ def _keep(kept: OrderedDict[Key, T], key: Key, value: T) -> None:
     kept[key] = value
     if len(kept) > KEPT:
         kept.popitem(last=False)
-
-
-def _log(attempt: Attempt, outcome: Outcome) -> None:
-    """Say what went wrong, by class: what an error says may hold anything."""
-    run_id, task = attempt.envelope.run_id, attempt.task.id
-    match outcome:
-        case Retrying(delay=delay, error=error):
-            log.warning(
-                "attempt %d of %s failed: %s; again in %s; run %s",
-                *(error.attempt, task, error.type, readable(delay), run_id),
-            )
-        case Failed(reason=reason, error=error):
-            log.error(
-                "a run of %s is dead (%s): %s; see: brokertask dead show %s --task %s",
-                *(task, reason, error.type, run_id, task),
-            )
-        case _:
-            log.debug("run %s of %s: %s", run_id, task, type(outcome).__name__.lower())
 
 
 def _crashed(envelope: Envelope) -> Exception:

@@ -113,7 +113,7 @@ class Memory:
             EnvelopeError: It is damaged.
         """
         if not data:
-            return Memory()
+            return _NOTHING
         try:
             raw = decode(data, MSGPACK)
             metadata = raw.get("metadata", {})
@@ -128,6 +128,9 @@ class Memory:
             raise EnvelopeError(
                 f"the run's memory is damaged: {error}", reason="undecodable"
             ) from None
+
+
+_NOTHING: Final = Memory()
 
 
 def _array(items: Iterable[bytes]) -> bytes:

@@ -14,10 +14,8 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Final, Protocol, TypeVar
-
-import anyio
 
 from brokertask.claim import Claim
 from brokertask.claims import Claims
@@ -31,7 +29,7 @@ from brokertask.errors import (
     StepMismatch,
     UnsupportedType,
 )
-from brokertask.functions import qualified_name, result_type
+from brokertask.functions import InThread, qualified_name, result_type
 from brokertask.memory import Memory, Metadata, Step
 from brokertask.places import SLEEP, Asked, Places
 from brokertask.results import packed, restored, same
@@ -84,18 +82,17 @@ class Steps:
         host: Host | None = None,
         span: AttemptSpan | None = None,
         clock: Clock | None = None,
-        threads: anyio.CapacityLimiter | None = None,
+        thread: InThread | None = None,
         max_bytes: int = 1_048_576,
         claims: Claims | None = None,
     ) -> None:
         self.memory = memory
         self.defect: BrokertaskError | None = None
-        self._rest = Rest(clock or SystemClock())
         self.loop = _running_loop()
         self._host = host
         self._span = span
         self._clock = clock or SystemClock()
-        self._tries = Tries(self, span=span, threads=threads, rest=self._rest)
+        self._thread = thread
         self._max_bytes = max_bytes
         self._claims = claims or Claims()
         self._finished = {step.key: step for step in memory.steps}
@@ -106,11 +103,26 @@ class Steps:
         """Calls whose coroutines have not been awaited yet, by key."""
         self._workers: list[asyncio.Task[Any]] = []
         """The asyncio tasks in which steps run at this moment."""
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._hurry = asyncio.Event()
         self._sleeping: list[int] = []
         self._served: set[asyncio.Task[Any]] = set()
+
+    # Most runs have no steps, and need none of these.
+
+    @cached_property
+    def _rest(self) -> Rest:
+        return Rest(self._clock)
+
+    @cached_property
+    def _tries(self) -> Tries:
+        return Tries(self._places, span=self._span, thread=self._thread, rest=self._rest)
+
+    @cached_property
+    def _idle(self) -> asyncio.Event:
+        return asyncio.Event()
+
+    @cached_property
+    def _hurry(self) -> asyncio.Event:
+        return asyncio.Event()
 
     @property
     def resting(self) -> int:
@@ -136,7 +148,8 @@ class Steps:
     async def finish(self) -> None:
         """Let no further step begin, and return when those that run have ended."""
         self.close()
-        await self._idle.wait()
+        if self._workers:
+            await self._idle.wait()
 
     async def serve(self, work: Coroutine[Any, Any, T]) -> T:
         """Do `work` for a thread, which is let go when the attempt ends."""
@@ -200,7 +213,7 @@ class Steps:
     # -- what is asked for
 
     def _ask(self, name: str | None, function: str) -> Asked:
-        if inside.get() is self:
+        if inside.get() is self._places:
             # Remembered, the outer one would not ask for it, and the places would shift.
             return Asked(
                 name or SLEEP,
@@ -363,7 +376,8 @@ class Steps:
     async def _rested(self) -> None:
         """Return when no step runs: cut, it would be done once more."""
         while True:
-            await self._idle.wait()
+            if self._workers:
+                await self._idle.wait()
             # What was asked for together with this, or goes on where a step has ended, begins; and
             # what was raised beside it comes to the task's own code.
             for _ in range(TURNS):

@@ -15,10 +15,10 @@ from brokertask.cli import console
 from brokertask.cli.broker import AnyApp, app_or_stand_in, exported, known_task, read_json
 from brokertask.cli.console import Exit, printable
 from brokertask.cli.worker import parse_duration
-from brokertask.client import TriggerOptions
 from brokertask.durations import readable
 from brokertask.errors import BrokertaskError, PublishError, RunError, RunExpired, RunFailed
 from brokertask.events import Event
+from brokertask.request import TriggerOptions
 from brokertask.run import Run
 
 TaskId = Annotated[str, typer.Argument(metavar="TASK", help="The task's id.")]

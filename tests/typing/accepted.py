@@ -124,6 +124,8 @@ async def triggered(client: Client) -> None:
     assert_type(await nothing.trigger(run_id="mine"), Run[int])
     assert_type(await (await both.trigger(Document(path="a"))).result(), None)
     assert_type(await payload_only.trigger_many([Document(path="a")]), list[Run[Report]])
+    async for streamed in payload_only.trigger_stream([Document(path="a")], tags=["x"]):
+        assert_type(streamed, Run[Report])
     assert_type(await (await optional.trigger(None)).result(), Movie | None)
 
     untyped = await client.trigger("elsewhere", {"path": "a"}, delay=timedelta(hours=1))
