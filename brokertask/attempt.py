@@ -61,6 +61,8 @@ class Attempt:
     interrupted: bool = False
     due_ms: int | None = None
     """When the run goes on; set once it sleeps."""
+    early: bool = False
+    """Its message goes on to its next hop, as it is: the same that comes again is no double."""
     superseded: bool = False
     """A later message of the run is elsewhere, so this one comes to nothing."""
     changes: int = 0

@@ -120,11 +120,11 @@ class Executor:
         elif seq < running.envelope.seq:
             # What follows it is confirmed: this is a copy from before.
             await self.settle(attempt, Repeated())
-        elif seq == running.envelope.seq:
+        elif seq == running.envelope.seq and not running.early:
             # Ours already: the lease was lost, or the message doubled. One attempt serves both.
             running.lease.join(delivery)
         else:
-            # It went on elsewhere while we had lost it.
+            # It went on elsewhere while we had lost it, or is back before its hop was confirmed.
             running.supersede()
             await running.over.wait()
             await self._take(attempt)
@@ -224,6 +224,7 @@ class Executor:
 
     async def _outcome(self, attempt: Attempt) -> Outcome:
         if (early := early_ms(attempt.envelope, self._clock.now_ms())) > IN_PLACE_MS:
+            attempt.early = True
             return Early(early / 1000)
         if early > 0:
             await self._clock.sleep(early / 1000)
