@@ -43,13 +43,15 @@ MORE_FLAGS: Final = 1
 PERSISTENT: Final = b"\2"
 UNREADABLE: Final[Mapping[str, Any]] = {"bt-version": "unreadable"}
 """For headers that cannot be read: the message is buried, as any other that is no run."""
+MAX_DEPTH: Final = 320
+"""Tables and arrays within each other; each takes two calls of the thousand that Python allows."""
 LAST_SECOND: Final = 0xFFFF_FFFF
 """A later timestamp counts ms, whatever the specification says."""
 
 _FLAGS: Final = Struct(">H")
 _LENGTH: Final = Struct(">I")
 _INSTANT: Final = Struct(">Q")
-_FAILURES: Final = (ValueError, IndexError, struct.error, RecursionError)
+_FAILURES: Final = (ValueError, IndexError, struct.error)
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -253,21 +255,21 @@ def _name(raw: bytes) -> str:
     return raw.decode()
 
 
-def _table(data: bytes, at: int, end: int) -> dict[str, object]:
+def _table(data: bytes, at: int, end: int, depth: int = 1) -> dict[str, object]:
     table: dict[str, object] = {}
     while at < end:
         named = at + 1 + data[at]
         name = _name(data[at + 1 : named])
-        table[name], at = _value(data, named)
+        table[name], at = _value(data, named, depth)
     if at != end:
         raise ValueError("a table that is longer than it says")
     return table
 
 
-def _array(data: bytes, at: int, end: int) -> list[object]:
+def _array(data: bytes, at: int, end: int, depth: int) -> list[object]:
     items = []
     while at < end:
-        item, at = _value(data, at)
+        item, at = _value(data, at, depth)
         items.append(item)
     if at != end:
         raise ValueError("an array that is longer than it says")
@@ -285,8 +287,8 @@ _TEXT, _BYTES, _TABLE, _ARRAY, _TIME, _DECIMAL = b"SxFATD"
 _NOTHING: Final = b"V\0"
 
 
-def _value(data: bytes, at: int) -> tuple[object, int]:
-    """Return the value whose type is at `at`, and where the next one begins."""
+def _value(data: bytes, at: int, depth: int) -> tuple[object, int]:
+    """Return the value whose type is at `at`, in so many tables, and where the next one begins."""
     kind = data[at]
     at += 1
     if (form := _FIXED.get(kind)) is not None:
@@ -302,12 +304,14 @@ def _value(data: bytes, at: int) -> tuple[object, int]:
         return _text(data[at:end]), end
     if end > len(data):
         raise ValueError("headers that are cut off")
-    if kind == _TABLE:
-        return _table(data, at, end), end
-    if kind == _ARRAY:
-        return _array(data, at, end), end
     if kind == _BYTES:
         return data[at:end], end
+    if depth >= MAX_DEPTH:
+        raise ValueError(f"headers nested deeper than {MAX_DEPTH}")
+    if kind == _TABLE:
+        return _table(data, at, end, depth + 1), end
+    if kind == _ARRAY:
+        return _array(data, at, end, depth + 1), end
     raise ValueError(f"a header of type {kind}")
 
 
