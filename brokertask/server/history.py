@@ -89,8 +89,10 @@ class RunFilter:
 
 
 def _latest(
-    query: Select[Any], times: tuple[ColumnElement[int], ColumnElement[str]], limit: int
-) -> Select[Any]:
+    query: Select[*tuple[Any, ...]],
+    times: tuple[ColumnElement[int], ColumnElement[str]],
+    limit: int,
+) -> Select[*tuple[Any, ...]]:
     return query.order_by(times[0].desc(), times[1].desc()).limit(limit)
 
 

@@ -16,7 +16,7 @@ import time
 import uuid
 from asyncio.subprocess import DEVNULL, Process
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -243,7 +243,7 @@ class Play:
                 seen, when = found, time.monotonic()
             await asyncio.sleep(0.2)
 
-    async def _problems(self) -> Any:
+    async def _problems(self) -> AsyncIterator[str]:
         """Yield whatever history says that the worker did not do, and the other way round."""
         async with self.store.read() as connection:
             tried: dict[str, list[Mapping[str, Any]]] = defaultdict(list)

@@ -26,6 +26,7 @@ from brokertask import (
     Settings,
 )
 from brokertask.testing import DrainTimeout, Harness
+from brokertask.topology import Route
 from brokertask.transport.base import Delivery
 from brokertask.transport.memory import MemoryTransport
 
@@ -233,6 +234,45 @@ async def test_retry_after_chooses_the_delay(app: App) -> None:
         await harness.drain()
         assert harness[run].delays == [90]
         assert harness[run].status == "completed"
+
+
+async def test_a_message_that_comes_back_before_its_confirm_is_not_taken_for_a_double(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short hop of a delay may be over before the broker has confirmed that it has begun."""
+    came = asyncio.Event()
+    deliveries = 0
+    consume, publish = MemoryTransport.consume, MemoryTransport.publish
+
+    async def counted(self: MemoryTransport, queue: str, receive: Any, **options: Any) -> Any:
+        def count(delivery: Delivery) -> None:
+            nonlocal deliveries
+            deliveries += 1
+            receive(delivery)
+            if deliveries == 2:
+                came.set()
+
+        return await consume(self, queue, count, **options)
+
+    async def confirmed_late(
+        self: MemoryTransport, route: Route, *rest: Any, **options: Any
+    ) -> None:
+        await publish(self, route, *rest, **options)
+        if route.exchange == app.settings.names.delay and deliveries == 1:
+            await came.wait()
+
+    monkeypatch.setattr(MemoryTransport, "consume", counted)
+    monkeypatch.setattr(MemoryTransport, "publish", confirmed_late)
+
+    @app.task
+    async def late() -> str:
+        return "done"
+
+    async with app, app.worker():
+        # A hop of 600 ms, and one for what is left.
+        run = await late.trigger(delay=0.65)
+        assert await run.result(timeout=10) == "done"
+        assert deliveries >= 2
 
 
 async def test_a_delay_of_any_length_is_met_and_never_early(app: App) -> None:
