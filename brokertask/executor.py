@@ -82,6 +82,7 @@ class Executor:
         self._transport = transport
         self._settings = settings
         self._names = settings.names
+        self._timeout = settings.publish_timeout
         self._telemetry = telemetry
         self._clock = clock
         self._worker = worker
@@ -293,9 +294,9 @@ class Executor:
 
     async def _news(self, attempt: Attempt, event: Event) -> None:
         """Publish an event in the middle of a run: only news, so one try will do."""
-        timeout, route = self._settings.publish_timeout, self._event_route(attempt, event)
+        route, message = self._event_route(attempt, event), event.message()
         try:
-            await self._transport.publish(route, event.message(), timeout=timeout, mandatory=False)
+            await self._transport.publish(route, message, timeout=self._timeout, mandatory=False)
         except BrokertaskError as error:
             log.debug("%s of run %s is lost: %s", event.event, event.run_id, error)
 
@@ -349,9 +350,7 @@ class Executor:
             route, message = follows
             try:
                 with self._telemetry.send(route, trace=attempt.now.trace):
-                    await self._transport.publish(
-                        route, message, timeout=self._settings.publish_timeout
-                    )
+                    await self._transport.publish(route, message, timeout=self._timeout)
             except PublishError as error:
                 self._telemetry.publish_failed(type(error).__name__)
                 log.warning("run %s cannot be settled yet: %s", attempt.envelope.run_id, error)
@@ -370,8 +369,10 @@ class Executor:
         if event is None:
             return True
         route = self._event_route(attempt, event)
+        if attempt.envelope.reply_to is None and self._reports.take(route, event.message()):
+            return True
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._settings.publish_timeout
+        deadline = loop.time() + self._timeout
         while attempt.lease.live:
             try:
                 await self._transport.publish(

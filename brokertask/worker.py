@@ -226,6 +226,7 @@ class Worker:
             names=self._settings.names,
             timeout=self._settings.publish_timeout,
             wanted=lambda: self._steering.standing.recording,
+            blind=lambda: not self._steering.caught_up,
         )
         self._resources.push_async_callback(reports.finish)
         self._resources.enter_context(RunLog(reports, worker=self.name).attached())
