@@ -52,6 +52,10 @@ class Selected(Strict):
     root: RunId | None = None
     trace_id: Text | None = None
     worker: Text | None = None
+    fingerprint: Text | None = None
+    """Of the latest error, as `/dead` has it."""
+    discarded: bool | None = None
+    """Whether a dead run was discarded by a server."""
 
     def filter(self) -> RunFilter:
         """Return it for the history."""
@@ -66,6 +70,8 @@ class Selected(Strict):
             root=self.root,
             trace_id=self.trace_id,
             worker=self.worker,
+            fingerprint=self.fingerprint,
+            discarded=self.discarded,
         )
 
 
@@ -92,6 +98,9 @@ class RunView(BaseModel):
     reason: str | None
     error_type: str | None
     error_message: str | None
+    fingerprint: str | None
+    discarded_ms: int | None
+    """When a server has discarded it from the dead letters."""
     waits: list[str]
     done: float | None
     total: float | None
