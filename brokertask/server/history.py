@@ -39,6 +39,8 @@ class RunFilter:
     worker: str | None = None
     fingerprint: str | None = None
     """Of the latest error."""
+    run_ids: tuple[str, ...] = ()
+    """One of these."""
     discarded: bool | None = None
     """Whether a dead run was discarded from the dead letters."""
 
@@ -50,6 +52,7 @@ class RunFilter:
         """
         told = (runs.c.triggered_ms, runs.c.run_id, runs.c.status)
         rare = self.error is not None or any(getattr(self, name) is not None for name in _RARE)
+        rare = rare or bool(self.run_ids)
         if self.tags:
             times = run_tags.c.triggered_ms, run_tags.c.run_id
             whole = select(*told).join(run_tags, run_tags.c.run_id == runs.c.run_id)
@@ -85,6 +88,8 @@ class RunFilter:
         # The first tag is looked up; it says little of how many have another one, too.
         also = (f"{TAG}{tag}{TAG}" for tag in self.tags[1:])
         found += [runs.c.tags.contains(tag, autoescape=True) for tag in also]
+        if self.run_ids:
+            found.append(runs.c.run_id.in_(self.run_ids))
         if self.discarded is not None:
             gone = runs.c.discarded_ms
             found.append(gone.is_not(None) if self.discarded else gone.is_(None))

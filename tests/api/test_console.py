@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from tests.api.test_runs import LONG, eventually
 from tests.flow.deciding import until
 
 pytestmark = pytest.mark.anyio
-log = logging.getLogger("shop")
 
 
 def shop() -> App:
@@ -27,7 +25,7 @@ def shop() -> App:
     async def order(number: int, ctx: Context) -> int:
         for step in range(3):
             await ctx.step(f"price {step}", price, number)
-        log.warning("order %d priced", number)
+        ctx.log.warning("order %d priced", number)
         await refuse.trigger(number)
         return number
 

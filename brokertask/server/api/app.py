@@ -14,6 +14,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from brokertask.server.api import (
+    bulk,
     control,
     details,
     figures,
@@ -39,7 +40,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = tuple(
     operation
     for module in (
         *(triggers, runs, details, results, control, tasks, waits, schedules),
-        *(workers, figures, system),
+        *(workers, figures, bulk, system),
     )
     for operation in module.routes.operations
 )

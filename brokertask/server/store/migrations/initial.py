@@ -61,6 +61,44 @@ def upgrade() -> None:
     )
     op.create_index("audit_at", "audit", ["at_ms", "id"], unique=False)
     op.create_table(
+        "bulk_items",
+        sa.Column("job", sa.Text(), nullable=False),
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("run_id", sa.Text(), nullable=False),
+        sa.Column("task", sa.Text(), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("redrives", sa.Integer(), nullable=True),
+        sa.Column("detail", sa.Text(), nullable=True),
+        sa.Column("at_ms", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("job", "number"),
+    )
+    op.create_index("bulk_items_state", "bulk_items", ["job", "state", "number"], unique=False)
+    op.create_table(
+        "bulk_jobs",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("action", sa.Text(), nullable=False),
+        sa.Column("options", sa.LargeBinary(), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("total", sa.Integer(), nullable=False),
+        sa.Column("rate", sa.Float(), nullable=True),
+        sa.Column("reason", sa.Text(), nullable=False),
+        sa.Column("created_ms", sa.BigInteger(), nullable=False),
+        sa.Column("created_by", sa.Text(), nullable=False),
+        sa.Column("ended_ms", sa.BigInteger(), nullable=True),
+        sa.Column("server", sa.Text(), nullable=True),
+        sa.Column("claimed_ms", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index(
+        "bulk_jobs_going",
+        "bulk_jobs",
+        ["created_ms"],
+        unique=False,
+        sqlite_where=sa.text("ended_ms is null"),
+        postgresql_where=sa.text("ended_ms is null"),
+    )
+    op.create_index("bulk_jobs_newest", "bulk_jobs", ["created_ms", "id"], unique=False)
+    op.create_table(
         "cancels",
         sa.Column("run_id", sa.Text(), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
