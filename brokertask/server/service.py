@@ -15,6 +15,7 @@ from brokertask.server.admission import Admissions
 from brokertask.server.api.site import Address, Site
 from brokertask.server.asks import Asks
 from brokertask.server.control import Control
+from brokertask.server.jobs import Jobs
 from brokertask.server.outbox import Outbox
 from brokertask.server.recorder import Recorder
 from brokertask.server.resources import Resources
@@ -124,6 +125,7 @@ class Server:
                 keep_runs=self._server_settings.keep_runs,
             ),
             "control": Control(resources, waits),
+            "jobs": Jobs(resources),
             "api": self.site,
         }
 

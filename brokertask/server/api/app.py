@@ -14,7 +14,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from brokertask.server.api import (
+    bulk,
     control,
+    details,
+    figures,
     results,
     runs,
     schedules,
@@ -22,6 +25,7 @@ from brokertask.server.api import (
     tasks,
     triggers,
     waits,
+    workers,
 )
 from brokertask.server.api.gate import Gate
 from brokertask.server.api.guard import Guard, Rates
@@ -34,7 +38,10 @@ from brokertask.server.resources import Resources
 
 OPERATIONS: Final[tuple[Operation, ...]] = tuple(
     operation
-    for module in (triggers, runs, results, control, tasks, waits, schedules, system)
+    for module in (
+        *(triggers, runs, details, results, control, tasks, waits, schedules),
+        *(workers, figures, bulk, system),
+    )
     for operation in module.routes.operations
 )
 """Every operation, in the order of the document."""
