@@ -56,6 +56,7 @@ test_tools() {
     command -v amqp-publish >/dev/null || missing="$missing amqp-tools"
     # Its programs may be outside the user's PATH.
     ls -d /usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin >/dev/null 2>&1 || missing="$missing rabbitmq-server"
+    command -v chromium >/dev/null || missing="$missing chromium"
     ls -d /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$missing postgresql"
     # shellcheck disable=SC2086 # a list of words
     [ -z "$missing" ] || packages $missing

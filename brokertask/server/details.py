@@ -1,4 +1,4 @@
-"""What is known of the inside of runs: the steps they have finished, and the lines of their logs.
+"""What is known of the inside of runs: when they were begun, their finished steps, and their logs.
 
 Workers tell it without waiting for an answer, so some of it may be missing.
 """
@@ -12,10 +12,10 @@ from sqlalchemy import delete, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from brokertask.errors import EnvelopeError
-from brokertask.events import LOG, STEP, Event
+from brokertask.events import LOG, STARTED, STEP, Event
 from brokertask.server.outcomes import parts
 from brokertask.server.redactor import redact_body
-from brokertask.server.store.schema import log_lines, steps
+from brokertask.server.store.schema import beginnings, log_lines, steps
 from brokertask.server.store.upsert import put
 from brokertask.values import clip
 
@@ -26,12 +26,24 @@ LINE: Final = ("at_ms", "batch_ms", "number", "attempt", "worker")
 
 
 async def record(connection: AsyncConnection, events: Sequence[Event]) -> None:
-    """Write what events tell of steps and logs; the others are passed over."""
+    """Write what events tell of beginnings, steps and logs; the others are passed over."""
+    began = [_beginning(event) for event in events if event.event == STARTED]
     done = [_step(event) for event in events if event.event == STEP and event.step is not None]
     said = [line for event in events if event.event == LOG for line in _lines(event)]
     # Everybody in the same order: two servers never wait for each other's rows.
+    await put(connection, beginnings, sorted(began, key=lambda row: (row["run_id"], row["seq"])))
     await put(connection, steps, sorted(done, key=lambda row: (row["run_id"], row["number"])))
     await put(connection, log_lines, sorted(said, key=lambda row: (row["run_id"], row["at_ms"])))
+
+
+async def beginnings_of(
+    connection: AsyncConnection, run_id: str, *, limit: int = 1_000
+) -> list[Mapping[str, Any]]:
+    """Return when a run was begun: each attempt, and again after what it slept or waited for."""
+    rows = select(beginnings).where(beginnings.c.run_id == run_id)
+    latest_first = rows.order_by(beginnings.c.began_ms.desc(), beginnings.c.seq.desc())
+    found = (await connection.execute(latest_first.limit(limit))).all()
+    return [dict(row._mapping) for row in reversed(found)]
 
 
 async def steps_of(
@@ -39,7 +51,7 @@ async def steps_of(
     run_id: str,
     *,
     after: tuple[int, int] | None = None,
-    limit: int = 1_000,
+    limit: int | None = None,
 ) -> list[Mapping[str, Any]]:
     """Return finished steps of a run, in the order in which they have finished.
 
@@ -76,8 +88,19 @@ async def log_of(
 async def forget(connection: AsyncConnection, run_ids: Sequence[str]) -> None:
     """Delete what is known of the inside of runs that are not kept any longer."""
     for part in parts(run_ids):
-        for table in (steps, log_lines):
+        for table in (beginnings, steps, log_lines):
             await connection.execute(delete(table).where(table.c.run_id.in_(part)))
+
+
+def _beginning(event: Event) -> dict[str, Any]:
+    return {
+        "run_id": event.run_id,
+        "redrives": event.redrives or 0,
+        "attempt": event.attempt,
+        "seq": event.seq or 0,
+        "worker": event.worker,
+        "began_ms": event.at_ms,
+    }
 
 
 def _step(event: Event) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from brokertask.claims import Claims
 from brokertask.clock import SystemClock
 from brokertask.errors import AccessDenied, BrokertaskError, ConfigurationError, StoreOutdated
 from brokertask.server.admission import Admissions
-from brokertask.server.api.site import Address, Site
 from brokertask.server.asks import Asks
 from brokertask.server.control import Control
 from brokertask.server.jobs import Jobs
@@ -22,6 +21,7 @@ from brokertask.server.resources import Resources
 from brokertask.server.retention import Retention
 from brokertask.server.schedules import Schedules
 from brokertask.server.settings import ServerSettings
+from brokertask.server.site import Address, Site
 from brokertask.server.store.engine import Database
 from brokertask.server.waits import Waits
 from brokertask.settings import Settings
@@ -110,6 +110,7 @@ class Server:
             resources,
             address=Address.read(self._server_settings.bind),
             hosts=self._server_settings.allowed_hosts,
+            trace_url=self._server_settings.trace_url,
         )
         return {
             "outbox": _Publishing(outbox, resources),

@@ -20,6 +20,12 @@ def _store(url: str) -> str:
     return url
 
 
+def _trace_url(url: str) -> str:
+    if not url.startswith(("https://", "http://")) or "{trace_id}" not in url:
+        raise ValueError("begins with https:// or http://, and has {trace_id} in it")
+    return url
+
+
 class ServerSettings(BaseSettings):
     """Everything about a server beside its broker, which is in `Settings`."""
 
@@ -39,6 +45,9 @@ class ServerSettings(BaseSettings):
     allowed_hosts: tuple[str, ...] = ()
     """Host names that the API answers to beside those of loopback, as a JSON array: the name that
     a proxy in front of it is known by."""
+    trace_url: Annotated[str, AfterValidator(_trace_url)] | None = None
+    """Where a trace is shown, such as `https://jaeger.example/trace/{trace_id}`: the console links
+    each run to its trace."""
     keep_for: Annotated[Seconds, Field(ge=60)] = 30 * 86_400.0
     """How long the history of a run is kept after its end: 1 minute or more."""
     keep_runs: int | None = Field(default=None, ge=1)

@@ -13,11 +13,11 @@ from starlette.types import ASGIApp
 
 from brokertask import App, Settings
 from brokertask.server.api import auth
-from brokertask.server.api.app import make_app
 from brokertask.server.api.auth import Role
 from brokertask.server.resources import Resources
 from brokertask.server.service import Server
 from brokertask.server.settings import ServerSettings
+from brokertask.server.site import make_app
 
 BASE = "http://localhost/api/v1"
 

@@ -18,8 +18,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from brokertask.server.api.app import OPERATIONS, openapi
 from brokertask.server.api.openapi import PREFIX
 from brokertask.server.api.operations import Operation
-from brokertask.server.api.site import Address, Site
 from brokertask.server.api.stream import EVENT_STREAM
+from brokertask.server.site import Address, Site
 from tests.api.stage import stage
 
 EXAMPLES = 20

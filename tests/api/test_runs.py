@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from brokertask import Abort, App, Context, Retry, Settings
-from brokertask.server.api.site import Address, Site
+from brokertask.server.site import Address, Site
 from tests.api.stage import Stage, stage
 
 pytestmark = pytest.mark.anyio

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from brokertask import App, Context, Settings
 from brokertask.cli.main import app as command_line
-from brokertask.server.api.site import Address, Site
+from brokertask.server.site import Address, Site
 from tests.flow.serving import Serving
 from tests.flow.test_waits import SECONDS, open_tokens, working
 

@@ -137,7 +137,7 @@ def test_every_setting_of_a_server_is_explained(name: str) -> None:
     (row,) = _rows("settings.md", f"`{name}`")
     assert f"`BROKERTASK_SERVER_{name.upper()}`" in row
     default = ServerSettings.model_fields[name].default
-    shown = {(): "[]"}.get(default, f"{default}")
+    shown = {(): "[]", None: "none"}.get(default, f"{default}")
     assert f"| `{shown}` |" in row
 
 

@@ -1,9 +1,9 @@
-"""The API as an ASGI application: every operation, behind the gate and the guard."""
+"""The API as an ASGI application: every operation, behind the gate."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from starlette.applications import Starlette
@@ -11,9 +11,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from brokertask.server.api import (
+    beginnings,
     bulk,
     control,
     details,
@@ -28,9 +29,9 @@ from brokertask.server.api import (
     workers,
 )
 from brokertask.server.api.gate import Gate
-from brokertask.server.api.guard import Guard, Rates
+from brokertask.server.api.guard import Rates
 from brokertask.server.api.hub import Hub
-from brokertask.server.api.openapi import PREFIX, document
+from brokertask.server.api.openapi import document
 from brokertask.server.api.operations import Operation
 from brokertask.server.api.problems import Problem
 from brokertask.server.api.stream import Stopping
@@ -39,35 +40,27 @@ from brokertask.server.resources import Resources
 OPERATIONS: Final[tuple[Operation, ...]] = tuple(
     operation
     for module in (
-        *(triggers, runs, details, results, control, tasks, waits, schedules),
+        *(triggers, runs, beginnings, details, results, control, tasks, waits, schedules),
         *(workers, figures, bulk, system),
     )
     for operation in module.routes.operations
 )
 """Every operation, in the order of the document."""
-REQUESTS_A_SECOND: Final = 100.0
-"""Of one token, or of one address without; twice as many at once."""
 BODY_SPARE: Final = 65_536
 
 
-def make_app(
-    resources: Resources,
-    *,
-    open_here: bool,
-    hosts: Iterable[str] = (),
-    stopping: Stopping | None = None,
-    rate: float = REQUESTS_A_SECOND,
-) -> ASGIApp:
-    """Return the application; it can be mounted below a prefix of another one.
+def make_gate(
+    resources: Resources, *, open_here: bool, stopping: Stopping | None, rate: float
+) -> Gate:
+    """Return the gate in front of every operation.
 
     Args:
         resources: The server's store, broker and clock, open.
         open_here: Let in who has no token, until there was a first one. For loopback only.
-        hosts: Host names to answer to, beside those of loopback.
         stopping: Set when streams are to end.
         rate: Requests a second of one caller.
     """
-    gate = Gate(
+    return Gate(
         resources,
         open_here=open_here,
         # As text, a payload takes more room than in msgpack.
@@ -75,31 +68,21 @@ def make_app(
         rates=Rates(rate),
         state={Hub: Hub(resources), Stopping: stopping or Stopping()},
     )
+
+
+def make_api(gate: Gate) -> ASGIApp:
+    """Return the application, for a mount at `PREFIX`."""
     by_path: dict[str, dict[str, Operation]] = {}
     for operation in OPERATIONS:
-        by_path.setdefault(PREFIX + operation.path, {})[operation.method] = operation
+        by_path.setdefault(operation.path, {})[operation.method] = operation
     routes = [_route(gate, path, by_method) for path, by_method in by_path.items()]
-    routes.append(Route(f"{PREFIX}/openapi.json", _openapi, methods=["GET"]))
-    routes.append(Route("/healthz", _health, methods=["GET"]))
+    routes.append(Route("/openapi.json", _openapi, methods=["GET"]))
     inner = Starlette(
         routes=routes,
         exception_handlers={HTTPException: _refuse, Exception: _fail},
     )
     inner.router.redirect_slashes = False
-    return Guard(_AsWritten(inner), hosts=hosts)
-
-
-class _AsWritten:
-    """Routes by the path as it was written, so that a part of it may hold an encoded slash."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raw = scope.get("raw_path")
-        if scope["type"] == "http" and raw is not None:
-            scope = {**scope, "path": raw.partition(b"?")[0].decode("latin-1")}
-        await self._app(scope, receive, send)
+    return inner
 
 
 def openapi() -> dict[str, Any]:
@@ -117,10 +100,6 @@ def _route(gate: Gate, path: str, by_method: Mapping[str, Operation]) -> Route:
 
 async def _openapi(request: Request) -> Response:
     return Response(json.dumps(openapi()), media_type="application/json")
-
-
-async def _health(request: Request) -> Response:
-    return Response("{}", media_type="application/json")
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -158,6 +158,17 @@ async def principal_of(
     return Principal(token.name, token.role, token.payloads, token.id)
 
 
+async def principal_with(
+    connection: AsyncConnection, identity: str, *, now_ms: int
+) -> Principal | None:
+    """Return whom the token with this id is of; None if it is not valid any longer."""
+    rows = await connection.execute(select(api_tokens).where(api_tokens.c.id == identity))
+    row = rows.first()
+    if row is None or not (token := _token(row)).valid(now_ms):
+        return None
+    return Principal(token.name, token.role, token.payloads, token.id)
+
+
 def _hash(secret: str) -> bytes:
     return hashlib.sha256(secret.encode()).digest()
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import unquote
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -22,6 +23,8 @@ from brokertask.server.resources import Resources
 from brokertask.values import JSON, clip, decode, kind_of
 
 log = logging.getLogger("brokertask.server")
+
+M = TypeVar("M", bound=BaseModel)
 
 MAX_TARGET: Final = 300
 NOBODY: Final = Principal("callback", "viewer", payloads=False)
@@ -48,9 +51,9 @@ class Gate:
         rates: Rates,
         state: Mapping[type[Any], Any],
     ) -> None:
-        self._resources = resources
+        self.resources = resources
         self._open_here = open_here
-        self._max_body = max_body
+        self.max_body = max_body
         self._rates = rates
         self._state = state
 
@@ -67,36 +70,59 @@ class Gate:
             return told.response()
 
     async def _serve(self, operation: Operation, request: Request) -> Response:
-        address = request.client.host if request.client else "unknown"
-        principal = await self._principal(operation, request, address)
-        if not principal.may(operation.role) and not operation.public:
-            raise Problem(
-                "forbidden", f"it takes the role {operation.role}; this token is a {principal.role}"
-            )
-        if operation.reveals and not principal.payloads:
-            raise Problem("forbidden", "it takes the right to see payloads, which this token lacks")
+        principal = await self._principal(operation, request)
+        check_right(operation, principal)
         given = _path_values(operation, request)
         if operation.query is not None:
             given["query"] = _query(operation.query, request)
         if operation.body is not None:
             given["body"] = await self._body(operation.body, request)
-        call = Call(request, self._resources, principal, self._state)
-        if not operation.audited:
-            return await _answer(operation, call, given)
-        return await self._audited(operation, call, given, address)
+        value = await self.perform(operation, self.call(request, principal), given)
+        return _answer(operation, value)
 
-    async def _principal(self, operation: Operation, request: Request, address: str) -> Principal:
+    def call(self, request: Request, principal: Principal) -> Call:
+        """Return what handlers get of a request."""
+        return Call(request, self.resources, principal, self._state)
+
+    async def perform(self, operation: Operation, call: Call, given: Mapping[str, Any]) -> Any:
+        """Do what an operation does, and return what its handler does.
+
+        Whatever acts or reveals is written down first.
+
+        Raises:
+            Problem: Its caller may not, or its handler says so.
+            BrokertaskError: It cannot be done.
+        """
+        check_right(operation, call.principal)
+        if not operation.audited:
+            return await operation.handler(call, **given)
+        return await self._audited(operation, call, given)
+
+    def take(self, request: Request, principal: Principal | None) -> None:
+        """Count a request: of a token, or of an address without one.
+
+        Raises:
+            Problem: It is one too many.
+        """
+        address = address_of(request)
+        self._rates.take(address if principal is None else principal.token or address)
+
+    async def local(self, connection: AsyncConnection) -> Principal | None:
+        """Return who comes without any proof: None where a token is needed."""
+        return LOCAL if self._open_here and not await closed(connection) else None
+
+    async def _principal(self, operation: Operation, request: Request) -> Principal:
         """Return who asks. Each is let in only so often: a token, or an address without one."""
         if operation.public:
-            self._rates.take(address)
+            self.take(request, NOBODY)
             return NOBODY
         authorization = request.headers.get("authorization")
-        async with self._resources.store.begin() as connection:
-            now_ms = self._resources.clock.now_ms()
+        async with self.resources.store.begin() as connection:
+            now_ms = self.resources.clock.now_ms()
             principal = await principal_of(connection, authorization, now_ms=now_ms)
-            if principal is None and authorization is None and self._open_here:
-                principal = None if await closed(connection) else LOCAL
-        self._rates.take(address if principal is None else principal.token or address)
+            if principal is None and authorization is None:
+                principal = await self.local(connection)
+        self.take(request, principal)
         if principal is None:
             raise Problem(
                 "unauthenticated",
@@ -112,21 +138,19 @@ class Gate:
             raise Problem(
                 "unsupported_media_type", f"the content type is {JSON}, not {clip(kind, 80)!r}"
             )
-        content = await read_body(request, self._max_body)
+        content = await read_body(request, self.max_body)
         try:
             value = decode(content, JSON)
         except EnvelopeError as error:
             raise Problem("malformed", f"the body is not what is read here: {error}") from None
-        return _validated(model, value, "body")
+        return validated(model, value, "body")
 
-    async def _audited(
-        self, operation: Operation, call: Call, given: Mapping[str, Any], address: str
-    ) -> Response:
+    async def _audited(self, operation: Operation, call: Call, given: Mapping[str, Any]) -> Any:
         """Make a call that is written down first: what nobody can look up later is not done."""
         identity = uuid7(call.now_ms)
         target = " ".join(str(given[name]) for name in operation.path_types) or "-"
         reason = getattr(given.get("body"), "reason", None)
-        async with self._resources.store.begin() as connection:
+        async with self.resources.store.begin() as connection:
             await audit.begin(
                 connection,
                 call.principal,
@@ -134,13 +158,13 @@ class Gate:
                 action=operation.name,
                 target=clip(_hidden(operation, target), MAX_TARGET),
                 reason=reason,
-                address=address,
+                address=address_of(call.request),
                 now_ms=call.now_ms,
             )
         status = 500
         try:
-            response = await _answer(operation, call, given)
-            status = response.status_code
+            value = await operation.handler(call, **given)
+            status = value.status_code if isinstance(value, Response) else operation.status
         except Problem as problem:
             status = problem.status
             raise
@@ -148,17 +172,35 @@ class Gate:
             status = problem_of(error).status
             raise
         finally:
-            async with self._resources.store.begin() as connection:
+            async with self.resources.store.begin() as connection:
                 await audit.end(connection, identity, status)
-        return response
+        return value
+
+
+def address_of(request: Request) -> str:
+    """Return where a request comes from."""
+    return request.client.host if request.client else "unknown"
+
+
+def check_right(operation: Operation, principal: Principal) -> None:
+    """Refuse who may not.
+
+    Raises:
+        Problem: It takes another role, or the right to see payloads.
+    """
+    if not principal.may(operation.role) and not operation.public:
+        raise Problem(
+            "forbidden", f"it takes the role {operation.role}; this token is a {principal.role}"
+        )
+    if operation.reveals and not principal.payloads:
+        raise Problem("forbidden", "it takes the right to see payloads, which this token lacks")
 
 
 def _hidden(operation: Operation, target: str) -> str:
     return "-" if operation.public else target
 
 
-async def _answer(operation: Operation, call: Call, given: Mapping[str, Any]) -> Response:
-    value = await operation.handler(call, **given)
+def _answer(operation: Operation, value: Any) -> Response:
     if isinstance(value, Response):
         return value
     if operation.answer is None:
@@ -175,13 +217,13 @@ def _path_values(operation: Operation, request: Request) -> dict[str, Any]:
             text = unquote(request.path_params[name], errors="strict")
         except UnicodeDecodeError:
             raise Problem("malformed", f"path.{name}: it is not UTF-8") from None
-        values[name] = _adapted(adapter, text, f"path.{name}")
+        values[name] = adapted(adapter, text, f"path.{name}")
     return values
 
 
 def _query(model: type[BaseModel], request: Request) -> BaseModel:
     given: dict[str, Any] = {}
-    lists = {name for name, field in model.model_fields.items() if _is_list(field.annotation)}
+    lists = {name for name, field in model.model_fields.items() if is_list(field.annotation)}
     for name, value in request.query_params.multi_items():
         if name in lists:
             given.setdefault(name, []).append(value)
@@ -189,21 +231,32 @@ def _query(model: type[BaseModel], request: Request) -> BaseModel:
             raise Problem("invalid", f"query.{clip(name, 80)}: it is given twice")
         else:
             given[name] = value
-    return _validated(model, given, "query")
+    return validated(model, given, "query")
 
 
-def _is_list(annotation: object) -> bool:
+def is_list(annotation: object) -> bool:
+    """Whether a field of a query may be given repeatedly."""
     return getattr(annotation, "__origin__", None) in (list, tuple)
 
 
-def _validated(model: type[BaseModel], value: object, where: str) -> BaseModel:
+def validated(model: type[M], value: object, where: str) -> M:
+    """Return the model in a value of a request.
+
+    Raises:
+        Problem: It is none.
+    """
     try:
         return model.model_validate(value)
     except ValidationError as error:
         raise invalid_values(where, error) from None
 
 
-def _adapted(adapter: TypeAdapter[Any], value: object, where: str) -> Any:
+def adapted(adapter: TypeAdapter[Any], value: object, where: str) -> Any:
+    """Return a value of a request as its type has it.
+
+    Raises:
+        Problem: It has not.
+    """
     try:
         return adapter.validate_python(value)
     except ValidationError as error:

@@ -130,6 +130,16 @@ known_tasks = Table(
     Column("schemas_ms", BigInteger),
 )
 
+beginnings = Table(
+    "beginnings",
+    metadata,
+    Column("run_id", Text, primary_key=True),
+    Column("redrives", Integer, primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("seq", Integer, primary_key=True),
+    Column("worker", Text, nullable=False),
+    Column("began_ms", BigInteger, nullable=False),
+)
 steps = Table(
     "steps",
     metadata,
@@ -382,6 +392,14 @@ api_tokens = Table(
     Column("expires_ms", BigInteger),
     Column("revoked_ms", BigInteger),
     Column("used_ms", BigInteger),
+)
+console_sessions = Table(
+    "console_sessions",
+    metadata,
+    Column("hash", LargeBinary, primary_key=True),
+    Column("token", Text, nullable=False),
+    Column("until_ms", BigInteger, nullable=False),
+    Index("console_sessions_until", "until_ms"),
 )
 audit = Table(
     "audit",

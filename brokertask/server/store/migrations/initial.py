@@ -61,6 +61,16 @@ def upgrade() -> None:
     )
     op.create_index("audit_at", "audit", ["at_ms", "id"], unique=False)
     op.create_table(
+        "beginnings",
+        sa.Column("run_id", sa.Text(), nullable=False),
+        sa.Column("redrives", sa.Integer(), nullable=False),
+        sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("seq", sa.Integer(), nullable=False),
+        sa.Column("worker", sa.Text(), nullable=False),
+        sa.Column("began_ms", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("run_id", "redrives", "attempt", "seq"),
+    )
+    op.create_table(
         "bulk_items",
         sa.Column("job", sa.Text(), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
@@ -118,6 +128,14 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("run_id", "redrives", "key", "number"),
     )
     op.create_index("conditions_subject", "conditions", ["kind", "subject"], unique=False)
+    op.create_table(
+        "console_sessions",
+        sa.Column("hash", sa.LargeBinary(), nullable=False),
+        sa.Column("token", sa.Text(), nullable=False),
+        sa.Column("until_ms", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("hash"),
+    )
+    op.create_index("console_sessions_until", "console_sessions", ["until_ms"], unique=False)
     op.create_table(
         "endings",
         sa.Column("run_id", sa.Text(), nullable=False),

@@ -1,4 +1,4 @@
-"""The part of a server that serves its API, on one address."""
+"""The part of a server that serves its API and its console, on one address."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ import contextlib
 import ipaddress
 import logging
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import uvicorn
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Mount, Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from brokertask.errors import ConfigurationError, InvalidOption
 from brokertask.server.api import auth
-from brokertask.server.api.app import REQUESTS_A_SECOND, make_app
-from brokertask.server.api.guard import host_name
+from brokertask.server.api.app import make_api, make_gate
+from brokertask.server.api.guard import Guard, host_name
+from brokertask.server.api.openapi import PREFIX
+from brokertask.server.api.problems import Problem
 from brokertask.server.api.stream import Stopping
+from brokertask.server.console.app import make_console
 from brokertask.server.resources import Resources
 
 log = logging.getLogger("brokertask.server")
@@ -26,6 +33,58 @@ GRACE: Final = 5
 """Seconds that requests have to end when the server stops."""
 MAX_HEAD: Final = 65_536
 MAX_CONNECTIONS: Final = 1_000
+REQUESTS_A_SECOND: Final = 100.0
+"""Of one token, or of one address without; twice as many at once."""
+
+
+def make_app(
+    resources: Resources,
+    *,
+    open_here: bool,
+    hosts: Iterable[str] = (),
+    stopping: Stopping | None = None,
+    rate: float = REQUESTS_A_SECOND,
+    trace_url: str | None = None,
+) -> ASGIApp:
+    """Return API and console as one application; it can be mounted below a prefix of another one.
+
+    Args:
+        resources: The server's store, broker and clock, open.
+        open_here: Let in who has no token, until there was a first one. For loopback only.
+        hosts: Host names to answer to, beside those of loopback.
+        stopping: Set when streams are to end.
+        rate: Requests a second of one caller.
+        trace_url: Where a trace is shown, with `{trace_id}` in it.
+    """
+    gate = make_gate(resources, open_here=open_here, stopping=stopping, rate=rate)
+    routes = [
+        Mount(PREFIX, make_api(gate)),
+        Route("/api{rest:path}", _no_api),
+        Route("/healthz", _health, methods=["GET"]),
+        Mount("", make_console(gate, trace_url=trace_url)),
+    ]
+    return Guard(_AsWritten(Router(routes, redirect_slashes=False)), hosts=hosts)
+
+
+class _AsWritten:
+    """Routes by the path as it was written, so that a part of it may hold an encoded slash."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raw = scope.get("raw_path")
+        if scope["type"] == "http" and raw is not None:
+            scope = {**scope, "path": raw.partition(b"?")[0].decode("latin-1")}
+        await self._app(scope, receive, send)
+
+
+async def _no_api(request: Request) -> Response:
+    return Problem("not_found", "there is no such version of the API: it is /api/v1").response()
+
+
+async def _health(request: Request) -> Response:
+    return Response("{}", media_type="application/json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +117,7 @@ class Address:
 
 
 class Site:
-    """Serves the API until cancelled; then it ends streams, and lets other requests end.
+    """Serves API and console until cancelled; then it ends streams, and lets other requests end.
 
     Attributes:
         port: Where it listens, once it does: of port 0, the one that was free.
@@ -71,11 +130,13 @@ class Site:
         address: Address,
         hosts: Sequence[str] = (),
         rate: float = REQUESTS_A_SECOND,
+        trace_url: str | None = None,
     ) -> None:
         self._resources = resources
         self._address = address
         self._hosts = hosts
         self._rate = rate
+        self._trace_url = trace_url
         self.port: int | None = None
         self.listening = asyncio.Event()
 
@@ -95,6 +156,7 @@ class Site:
             hosts=(*self._hosts, *([] if address.loopback else [host_name(address.host)])),
             stopping=stopping,
             rate=self._rate,
+            trace_url=self._trace_url,
         )
         listener = _listen(address)
         self.port = listener.getsockname()[1]
@@ -115,7 +177,7 @@ class Site:
         )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         self.listening.set()
-        log.info("the API is at http://%s:%d/api/v1", address.host, self.port)
+        log.info("the console is at http://%s:%d/", address.host, self.port)
         try:
             await asyncio.shield(serving)
         finally:
