@@ -50,6 +50,24 @@ chaos: setup tools ## Kill workers and brokers under load, and count what was lo
 chaos-steps: setup tools ## The same under runs of five steps, and count what was repeated
 	@.venv/bin/python -m tests.crash.stepping
 
+BENCH := .brokertask/bench
+
+.PHONY: bench
+bench: setup tools $(BENCH)/venv/.installed $(BENCH)/client ## Compare with the peers (QUICK=1 CASES=a,b ROUNDS=n MORE=1 GATE=1)
+	@.venv/bin/python -m tests.bench $(if $(QUICK),--quick) $(if $(CASES),--cases $(CASES)) \
+	$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(MORE),--more) $(if $(GATE),--gate)
+
+$(BENCH)/venv/.installed: tests/bench/peers/requirements.txt
+	@echo "Installing the peers into $(@D) (a minute, once)" >&2
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+$(BENCH)/client: tests/bench/peers/client.c
+	@mkdir -p $(@D)
+	@command -v gcc >/dev/null && [ -e /usr/include/amqp.h ] || sh infra/setup.sh packages gcc libc6-dev librabbitmq-dev
+	@gcc -O2 -Wall -Wextra -Werror -o $@ $< -lrabbitmq
+
 .PHONY: rabbitmq
 rabbitmq: ## Start a private RabbitMQ and print its URL
 	@$(PYTHON) infra/rabbitmq/node.py up

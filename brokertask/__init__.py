@@ -53,10 +53,10 @@ from brokertask.schedule import Schedule, Tick
 from brokertask.settings import Settings
 from brokertask.task import CallNext, Task
 from brokertask.topology import QueueOptions as Queue
+from brokertask.version import __version__ as __version__
 from brokertask.waitable import Failure, First, Rejected, TimedOut, Token
 from brokertask.worker import Worker
 
-__version__ = "0.1.0"
 logging.getLogger("brokertask").addHandler(logging.NullHandler())
 __all__ = [
     "Abort",

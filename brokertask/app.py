@@ -155,6 +155,7 @@ class App:
             url,
             heartbeat=self.settings.heartbeat,
             name=self.name,
+            data_plane=self.settings.data_plane,
             reconnected=self.telemetry.reconnected,
         )
 

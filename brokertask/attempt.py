@@ -10,7 +10,7 @@ from typing import Any, Final, TypeAlias
 from brokertask.context import Context
 from brokertask.durations import readable
 from brokertask.envelope import Envelope
-from brokertask.errors import EnvelopeError, Reason
+from brokertask.errors import BrokertaskError, EnvelopeError, Reason
 from brokertask.lease import Lease
 from brokertask.outcome import Failed, Outcome, Retrying
 from brokertask.task import Task
@@ -54,14 +54,19 @@ class Attempt:
     """Why the message is no run at all."""
     user: asyncio.Task[Returned | Raised] | None = None
     left: asyncio.Future[None] | None = None
-    """Done when an interrupted attempt is not waited for any longer."""
+    """Done when its code has ended, or is not waited for any longer."""
     context: Context | None = None
+    """What the code knows of its run, unless nobody asks for it."""
     span: AttemptSpan | None = None
+    cause: str | None = None
+    """Why its code was cancelled; see `Context.cancelled`."""
     interrupted: bool = False
     due_ms: int | None = None
     """When the run goes on; set once it sleeps."""
     waits: tuple[str, ...] = ()
     """What the run waits for; set once it does."""
+    early: bool = False
+    """Its message goes on to its next hop, as it is: the same that comes again is no double."""
     superseded: bool = False
     """A later message of the run is elsewhere, so this one comes to nothing."""
     changes: int = 0
@@ -75,6 +80,11 @@ class Attempt:
     """Its event was published, or given up."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when it is settled, or left to who gets its message."""
+    key: Key = field(init=False)
+    """What every message of the run has in common."""
+
+    def __post_init__(self) -> None:
+        self.key = (self.task.id, self.lease.envelope.run_id)
 
     @property
     def envelope(self) -> Envelope:
@@ -84,21 +94,27 @@ class Attempt:
     @property
     def now(self) -> Envelope:
         """The message as it would be written now: with what the run remembers, in its trace."""
-        envelope, span, context = self.lease.envelope, self.span, self.context
+        envelope, span = self.remembering, self.span
         # What follows is numbered beyond all that was published, even if nobody confirmed it.
-        envelope = replace(envelope, seq=max(envelope.seq, self.lease.seq))
-        if context is not None:
-            envelope = replace(envelope, memory=context.steps.memory)
-        if span is not None:
-            envelope = replace(
-                envelope, previous=span.traceparent, trace=span.trace, origin=span.origin
-            )
-        return envelope
+        seq = max(envelope.seq, self.lease.seq)
+        if span is None:
+            return replace(envelope, seq=seq)
+        return replace(
+            envelope, seq=seq, previous=span.traceparent, trace=span.trace, origin=span.origin
+        )
 
     @property
-    def key(self) -> Key:
-        """What every message of the run has in common."""
-        return self.task.id, self.envelope.run_id
+    def defect(self) -> BrokertaskError | None:
+        """Why it cannot go on, whatever its code makes of it."""
+        return None if self.context is None else self.context.steps.defect
+
+    @property
+    def remembering(self) -> Envelope:
+        """The message, with what the run remembers now."""
+        envelope, context = self.lease.envelope, self.context
+        if context is None or context.steps.memory is envelope.memory:
+            return envelope
+        return replace(envelope, memory=context.steps.memory)
 
     def log(self, outcome: Outcome) -> None:
         """Say what went wrong, by class: what an error says may hold anything."""
@@ -114,8 +130,10 @@ class Attempt:
                     "a run of %s is dead (%s): %s; see: brokertask dead show %s --task %s",
                     *(task, reason, error.type, run_id, task),
                 )
-            case _:
+            case _ if log.isEnabledFor(logging.DEBUG):
                 log.debug("run %s of %s: %s", run_id, task, type(outcome).__name__.lower())
+            case _:
+                pass
 
     def crashes(self) -> Exception:
         """Return what stands for the errors of attempts that were lost."""
@@ -146,15 +164,29 @@ class Attempt:
 
     def cancel(self, cause: str, *, grace: float = CANCEL_GRACE) -> None:
         """Cancel the task's code and tell it why; after `grace` seconds it is left behind."""
+        self.cause = cause
         if self.context is not None:
             self.context.cancelled = cause
             self.context.steps.close()
         if self.user is not None:
             self.user.cancel(cause)
         if self.left is not None:
-            self.left.get_loop().call_later(grace, _resolve, self.left)
+            self.left.get_loop().call_later(grace, self.leave)
 
+    def expire(self) -> None:
+        """Cancel it because its time is over, unless its code has just ended."""
+        if self.left is not None and not self.left.done():
+            self.cancel("timeout")
 
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+    def leave(self) -> None:
+        """Wait for its code no longer."""
+        if self.left is not None and not self.left.done():
+            self.left.set_result(None)
+
+    def release(self) -> None:
+        """Let go of what its code may still hold on to, and what holds on to this attempt.
+
+        What refers to itself is left to the garbage collector, which would take half as much time
+        again as a run that does nothing.
+        """
+        self.user = self.context = self.left = None

@@ -17,28 +17,29 @@ from typing import Any, Final, Unpack
 from pydantic import TypeAdapter
 
 from brokertask.admission import DEFAULT_TTL, Admission, Answer, Debounce, Singleton
+from brokertask.batch import Source, parts, send_each
+from brokertask.claim import Claim
 from brokertask.claims import Claims
-from brokertask.durations import Duration, seconds
+from brokertask.durations import Duration
 from brokertask.envelope import Envelope, Message
 from brokertask.errors import (
-    AccessDenied,
     BatchError,
     ConfigurationError,
     EnvelopeError,
     IdempotencyConflict,
-    NoServer,
     PayloadTooLarge,
     PublishError,
-    Unroutable,
 )
 from brokertask.events import Event
-from brokertask.identity import checked_id, checked_tags, uuid7
+from brokertask.identity import checked_id, uuid7
+from brokertask.lookup import find_queue, find_server
 from brokertask.orders import Orders
-from brokertask.run import Run, Session, from_thread, private_queue, running_in
+from brokertask.request import Request
+from brokertask.run import Run, Session, from_thread, private_queue
 from brokertask.sessions import Sessions
 from brokertask.settings import Settings
 from brokertask.telemetry import Telemetry
-from brokertask.topology import IN_PLACE_MS, Binding, Route, Topology, check_task_id
+from brokertask.topology import Binding, Route, Topology
 from brokertask.transport.base import Transport
 from brokertask.trigger import TriggerOptions
 from brokertask.values import encode
@@ -46,8 +47,6 @@ from brokertask.values import encode
 log = logging.getLogger("brokertask.client")
 
 MAX_UNHEARD: Final = 10_000
-IN_FLIGHT: Final = 256
-"""Publishes of one `trigger_many` that wait for their confirm at a time."""
 JOINED_FAN_OUT: Final = 50
 """Larger fan-outs get traces of their own: trace viewers are slow beyond some thousand spans."""
 
@@ -121,17 +120,17 @@ class Client(Orders):
             NoServer: A server has to decide, and there has never been one.
         """
         asked = Admission.of(idempotency_key, idempotency_ttl, debounce, singleton)
-        envelope = self._envelope(
-            task, self.encode(payload), delay=delay, expires=expires, tags=tags, run_id=run_id
-        )
+        body = self.encode(payload)
+        request = self._request(task, delay=delay, expires=expires, tags=tags)
+        run_id = checked_id(run_id) if run_id is not None else uuid7(self._now_ms())
         session = await self._session()
         if asked is not None:
             await self.find_server()
-        if asked is not None or envelope.due_ms is not None:
-            await self._find_queue(session, envelope)
-        envelope = envelope.claimed(await self.claims.put(envelope.payload))
-        run: Run[Any] = Run(envelope.run_id, task, session, result or _ANYTHING)
-        envelope, route = self._addressed(session, envelope, detach=False)
+        if asked is not None or request.delay_ms is not None:
+            await find_queue(session, self._settings.names, task, run_id=run_id)
+        claim = await self.claims.put(body)
+        run: Run[Any] = Run(run_id, task, session, result or _ANYTHING)
+        envelope, route = self._addressed(session, request, run_id, body, claim, detach=False)
         if asked is not None:
             identity = await self._admitted(session, envelope, asked)
             kind = run.result_type
@@ -153,48 +152,46 @@ class Client(Orders):
     ) -> list[Run[Any]]:
         """Ask for a run for each payload, in order, sharing round trips to the broker.
 
-        Nothing is sent unless every payload can be. With `run_ids` each run gets the id in its
-        place.
+        Nothing is sent unless every payload can be. Keeps each payload in msgpack until all are
+        sent, and a `Run` for each; `trigger_stream` keeps neither. With `run_ids` each run gets the
+        id in its place.
 
         Raises:
             BatchError: Some were not taken; its `results` tell of each.
             PayloadError: A payload cannot be sent; nothing was.
         """
+        request = self._request(task, delay=delay, expires=expires, tags=tags)
         bodies = [self.encode(payload) for payload in payloads]
-        ids: Sequence[str | None] = run_ids or [None] * len(bodies)
-        envelopes = [
-            self._envelope(task, body, delay=delay, expires=expires, tags=tags, run_id=run_id)
-            for body, run_id in zip(bodies, ids, strict=True)
-        ]
-        session = await self._session()
-        if envelopes and envelopes[0].due_ms is not None:
-            await self._find_queue(session, envelopes[0])
-        claims = await self.claims.put_all(bodies)
-        envelopes = [each.claimed(claim) for each, claim in zip(envelopes, claims, strict=True)]
-        detach = len(envelopes) > JOINED_FAN_OUT
-        results: list[Run[Any] | PublishError] = [
-            Run(envelope.run_id, task, session, result or _ANYTHING) for envelope in envelopes
-        ]
-        waiting = iter(enumerate(envelopes))
+        ids = [checked_id(run_id) for run_id in run_ids] if run_ids is not None else None
+        detach = len(bodies) > JOINED_FAN_OUT
+        return await self._send(request, bodies, result or _ANYTHING, ids=ids, detach=detach)
 
-        async def work() -> None:
-            for index, envelope in waiting:
-                run = results[index]
-                assert isinstance(run, Run)
-                addressed, route = self._addressed(session, envelope, detach=detach)
-                try:
-                    await self._publish(session, addressed, route)
-                except PublishError as error:
-                    results[index] = error
+    async def trigger_stream(
+        self,
+        task: str,
+        payloads: Source[object],
+        *,
+        result: TypeAdapter[Any] | None = None,
+        delay: Duration = 0,
+        expires: Duration | None = None,
+        tags: Sequence[str] = (),
+    ) -> AsyncIterator[Run[Any]]:
+        """Ask for a run for each payload while they come, and yield the runs in order.
 
-        with self._telemetry.send(self._settings.names.trigger_route(task), count=len(envelopes)):
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(IN_FLIGHT, len(envelopes))):
-                    group.create_task(work())
-        runs = [run for run in results if isinstance(run, Run)]
-        if len(runs) < len(results):
-            raise BatchError(results)
-        return runs
+        Reads up to 1,000 payloads, sends them as `trigger_many` does, and yields their runs before
+        it reads on: in constant memory, and no faster than its reader or the broker. Each run has a
+        trace of its own.
+
+        Raises:
+            BatchError: Of the last 1,000 at most, some were not taken; its `results` tell of each.
+                The ones before were, and none after them is sent.
+            PayloadError: A payload cannot be sent; nothing was of those since the last run yielded.
+        """
+        request = self._request(task, delay=delay, expires=expires, tags=tags)
+        async for part in parts(payloads):
+            bodies = [self.encode(payload) for payload in part]
+            for run in await self._send(request, bodies, result or _ANYTHING, detach=True):
+                yield run
 
     def trigger_sync(
         self,
@@ -272,17 +269,7 @@ class Client(Orders):
         Raises:
             NoServer: There has never been one.
         """
-        session, names = await self._session(), self._settings.names
-        queue = f"{names.server}.waits"
-        if queue in session.found:
-            return
-        with suppress(AccessDenied):  # RabbitMQ 4.3 and later let only some users look.
-            if await session.transport.depth(queue) is None:
-                raise NoServer(
-                    "this needs a server, and none was ever started on this broker: start "
-                    "`brokertask server`"
-                )
-        session.found.add(queue)
+        await find_server(await self._session(), self._settings.names)
 
     async def open(self) -> None:
         """Connect now rather than at the first trigger."""
@@ -308,62 +295,64 @@ class Client(Orders):
             )
         return body
 
-    def _envelope(
+    def _request(
+        self, task: str, *, delay: Duration, expires: Duration | None, tags: Sequence[str]
+    ) -> Request:
+        return Request.of(task, app_id=self._app_id, delay=delay, expires=expires, tags=tags)
+
+    async def _send(
         self,
-        task: str,
-        body: bytes,
+        request: Request,
+        bodies: Sequence[bytes],
+        result: TypeAdapter[Any],
         *,
-        delay: Duration,
-        expires: Duration | None,
-        tags: Sequence[str],
-        run_id: str | None = None,
-    ) -> Envelope:
-        check_task_id(task)
-        now = self._now_ms()
-        delay_ms = round(seconds(delay) * 1000)
-        parent = running_in.get()
-        identity = checked_id(run_id) if run_id is not None else uuid7(now)
-        return Envelope(
-            run_id=identity,
-            task=task,
-            payload=body,
-            triggered_ms=now,
-            sent_ms=now,
-            due_ms=now + delay_ms if delay_ms > IN_PLACE_MS else None,
-            expires_ms=None if expires is None else now + round(seconds(expires) * 1000),
-            tags=checked_tags(tags),
-            parent=parent.run_id if parent else None,
-            root=parent.root if parent else None,
-            app_id=self._app_id,
-        )
+        ids: Sequence[str] | None = None,
+        detach: bool,
+    ) -> list[Run[Any]]:
+        """Publish a run for each body, some at a time, or raise `BatchError`."""
+        session, task = await self._session(), request.task
+        if bodies and request.delay_ms is not None:
+            await find_queue(session, self._settings.names, task, run_id=None)
+        claims = await self.claims.put_all(bodies)
+
+        async def send(content: tuple[bytes, Claim | None, str | None]) -> Run[Any]:
+            body, claim, given = content
+            run_id = given or uuid7(self._now_ms())
+            run: Run[Any] = Run(run_id, task, session, result)
+            envelope, route = self._addressed(session, request, run_id, body, claim, detach=detach)
+            await self._publish(session, envelope, route)
+            return run
+
+        given: Sequence[str | None] = ids if ids is not None else [None] * len(bodies)
+        contents = list(zip(bodies, claims, given, strict=True))
+        with self._telemetry.send(self._settings.names.trigger_route(task), count=len(bodies)):
+            results = await send_each(contents, send)
+        runs = [run for run in results if isinstance(run, Run)]
+        if len(runs) < len(results):
+            raise BatchError(results)
+        return runs
 
     def _addressed(
-        self, session: Session, envelope: Envelope, *, detach: bool
+        self,
+        session: Session,
+        request: Request,
+        run_id: str,
+        body: bytes,
+        claim: Claim | None,
+        *,
+        detach: bool,
     ) -> tuple[Envelope, Route]:
-        """Return the envelope with its trace and reply address, and where to publish it."""
-        names = self._settings.names
-        trace = self._telemetry.trigger(
-            envelope.task, envelope.run_id, parent_run=envelope.parent, detach=detach
+        """Return the message of a run with its trace and reply address, and where to publish it."""
+        parent = request.parent.run_id if request.parent else None
+        return request.addressed(
+            self._settings.names,
+            run_id=run_id,
+            body=body,
+            claim=claim,
+            trace=self._telemetry.trigger(request.task, run_id, parent_run=parent, detach=detach),
+            reply_to=session.reply_key,
+            now_ms=self._now_ms(),
         )
-        route, left = names.trigger_route(envelope.task), 0
-        if envelope.due_ms is not None and envelope.sent_ms is not None:
-            route, left = names.delay_route(envelope.task, envelope.due_ms - envelope.sent_ms)
-        return replace(envelope, trace=trace, left_ms=left, reply_to=session.reply_key), route
-
-    async def _find_queue(self, session: Session, envelope: Envelope) -> None:
-        """Refuse a run of later that no queue is for: nobody would be told then."""
-        task = envelope.task
-        if task in session.found:
-            return
-        queue = self._settings.names.queue(task)
-        with suppress(AccessDenied):  # RabbitMQ 4.3 and later let only some users look.
-            if await session.transport.depth(queue) is None:
-                raise Unroutable(
-                    f"no queue on this broker is for task {task!r}: no worker has declared it. "
-                    "Start one, run `brokertask topology apply`, or mend the task's id",
-                    run_id=envelope.run_id,
-                )
-        session.found.add(task)
 
     async def _admitted(self, session: Session, envelope: Envelope, asked: Admission) -> str:
         """Let a server decide on a trigger, and return the id of the run that stands for it."""

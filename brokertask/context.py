@@ -100,13 +100,10 @@ class Context:
     """What `progress` was told last."""
     steps: Steps = field(default_factory=Steps, repr=False)
     changed: Callable[[], None] = field(default=lambda: None, repr=False)
-    log: RunLogger = field(init=False)
-    waits: Waits = field(init=False, repr=False)
-    metadata: RunMetadata = field(init=False, repr=False)
-    """Notes of the run about itself, remembered by it and told in its events: a mapping of names
-    to plain values. Set items, do not change values in place."""
 
-    def __post_init__(self) -> None:
+    @property
+    def log(self) -> RunLogger:
+        """A logger whose records tell of the run."""
         fields = {
             "run_id": self.run_id,
             "task": self.task,
@@ -114,9 +111,20 @@ class Context:
             "trace_id": self.trace_id,
             "worker": self.worker,
         }
-        self.log = RunLogger(log, fields)
-        self.waits = Waits(self.steps, self.run_id)
-        self.metadata = RunMetadata(self.steps, lambda: self.changed())
+        return RunLogger(log, fields)
+
+    @property
+    def metadata(self) -> RunMetadata:
+        """Notes of the run about itself, remembered by it and told in its events.
+
+        A mapping of names to plain values. Set items, do not change values in place.
+        """
+        return RunMetadata(self.steps, lambda: self.changed())
+
+    @property
+    def waits(self) -> Waits:
+        """What `wait_for` asks."""
+        return Waits(self.steps, self.run_id)
 
     @overload
     def step(
@@ -249,11 +257,11 @@ class Context:
         self, waitable: Map[T], /, *, timeout: Duration | None = None, name: str | None = None
     ) -> Coroutine[Any, Any, list[T | Failure]]: ...
     @overload
-    def wait_for(
+    def wait_for(  # pyright: ignore[reportOverlappingOverload]
         self, waitable: Waitable[T] | Run[T], /, *, timeout: None = None, name: str | None = None
     ) -> Coroutine[Any, Any, T]: ...
     @overload
-    def wait_for(
+    def wait_for(  # pyright: ignore[reportOverlappingOverload]
         self, waitable: Waitable[T] | Run[T], /, *, timeout: Duration, name: str | None = None
     ) -> Coroutine[Any, Any, T | TimedOut]: ...
     @overload

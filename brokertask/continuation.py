@@ -34,10 +34,10 @@ def continuation(
         outcome: What it came to.
         now_ms: The present, in ms since the epoch.
     """
+    if isinstance(outcome, Succeeded | Expired | Cancelled | Repeated):
+        return None
     again = envelope.again(attempt=envelope.attempt, now_ms=now_ms)
     match outcome:
-        case Succeeded() | Expired() | Cancelled() | Repeated():
-            return None
         case Retrying(delay=delay, error=error):
             memory = envelope.memory.with_error(error)
             again = replace(again, attempt=envelope.attempt + 1, memory=memory, wait="retry")

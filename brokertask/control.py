@@ -5,6 +5,7 @@
 | `cancel`    | a run id    | the run is to end; with `children`, what it has triggered, too   |
 | `pause`     | a task id   | no worker begins runs of the task                                |
 | `resume`    | a task id   | they do again                                                    |
+| `drain`     | a worker    | it begins no run of any task any more                            |
 | `recording` | a server    | servers keep history: what happens within runs is worth telling  |
 | `hello`     | a worker    | the worker has read all that was before                          |
 
@@ -21,7 +22,7 @@ from brokertask.envelope import Envelope, Message
 from brokertask.errors import EnvelopeError
 from brokertask.values import MSGPACK, clip, decode, pack
 
-Kind: TypeAlias = Literal["cancel", "pause", "resume", "recording", "hello"]
+Kind: TypeAlias = Literal["cancel", "pause", "resume", "drain", "recording", "hello"]
 KINDS: Final[tuple[str, ...]] = get_args(Kind)
 MAX_REASON: Final = 500
 MAX_CANCELLED: Final = 200_000
@@ -104,8 +105,8 @@ class Standing:
                 self._resumed_ms[entry.subject] = entry.at_ms
             case "recording":
                 self.recording = True
-            case "hello":
-                pass
+            case "drain" | "hello":
+                pass  # It is for one worker, which is told.
 
     def cancelled(self, envelope: Envelope) -> Entry | None:
         """Return the entry that cancels a run: its own, its parent's or that of its tree's root.

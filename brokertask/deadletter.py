@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -156,7 +156,7 @@ class DeadLetter:
 class Filter:
     """Which dead runs: those that meet everything that is given."""
 
-    run_ids: tuple[str, ...] = ()
+    run_ids: Collection[str] = ()
     reasons: tuple[str, ...] = ()
     error: str | None = None
     """Part of the last error's "type: message", in any case of letters."""

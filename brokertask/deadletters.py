@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias, TypeVar
@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 from brokertask.claims import Claims
 from brokertask.clock import Clock, SystemClock
 from brokertask.deadletter import DeadLetter, Filter
+from brokertask.envelope import Message
 from brokertask.errors import (
     BrokertaskError,
     EnvelopeError,
@@ -27,6 +28,7 @@ from brokertask.letterbox import Held, Letterbox
 from brokertask.settings import Settings
 from brokertask.telemetry import Telemetry
 from brokertask.telemetry import attributes as keys
+from brokertask.topology import Route
 from brokertask.transport.base import Consumer, Transport
 
 log = logging.getLogger("brokertask.deadletters")
@@ -35,6 +37,8 @@ T = TypeVar("T")
 MAX_SEEN: Final = 50_000
 """How much of one queue a selection looks at; AMQP's prefetch ends at 65,535."""
 
+Send: TypeAlias = Callable[[DeadLetter, Route, Message], Awaitable[None]]
+"""Has the new start of a dead run published; when it returns, that will be, whatever happens."""
 Status: TypeAlias = Literal["redriven", "discarded", "failed", "unknown", "lapsed"]
 """What became of one dead run. `failed` and `lapsed`: it is where it was. `unknown`: it may be at
 work and in the dead-letter queue."""
@@ -87,6 +91,7 @@ class Selection:
         clock: Clock,
         claims: Claims,
         bodies: bool,
+        send: Send | None,
     ) -> None:
         self._transport = transport
         self._settings, self._filters = settings, filters
@@ -94,6 +99,7 @@ class Selection:
         self._clock = clock
         self._claims = claims
         self._bodies = bodies
+        self._send = send or self._publish_now
         self._consumers: list[Consumer] = []
         self._held: list[Held] = []
         self._furthest: dict[Any, DeadLetter] = {}
@@ -114,6 +120,7 @@ class Selection:
         clock: Clock | None = None,
         claims: Claims | None = None,
         bodies: bool = True,
+        send: Send | None = None,
     ) -> AsyncIterator[Selection]:
         """Look at everything that is ready in the dead-letter queues of `tasks`, and hold it.
 
@@ -126,6 +133,7 @@ class Selection:
             clock: By default real time.
             claims: Takes a new payload that is too large for its message.
             bodies: False to look only: no payload is kept, and nothing can be acted on.
+            send: How new starts are published; by default at once, and confirmed.
 
         Raises:
             BrokerUnavailable: The broker is gone, or a queue does not deliver what it holds.
@@ -138,6 +146,7 @@ class Selection:
             clock=clock or SystemClock(),
             claims=claims or Claims(),
             bodies=bodies,
+            send=send,
         )
         try:
             for task in dict.fromkeys(tasks):
@@ -159,7 +168,7 @@ class Selection:
         rate: float | None = None,
         payload: bytes | None = None,
         forget: bool = False,
-    ) -> AsyncIterator[Result]:
+    ) -> AsyncGenerator[Result, None]:
         """Put each run back to work: first attempt, behind its finished steps, a trace of its own.
 
         Each is on the broker's disk as a trigger before its dead letter is acked, so a crash
@@ -191,7 +200,7 @@ class Selection:
             if rate is not None:
                 due_ms = max(due_ms, self._clock.now_ms() - 1000 / rate) + 1000 / rate
 
-    async def discard(self, reason: str = "") -> AsyncIterator[Result]:
+    async def discard(self, reason: str = "") -> AsyncGenerator[Result, None]:
         """Delete each run for good, and log that it was and why."""
         for held in list(self._held):
             yield await _surely(self._note(self._discard(held, reason)))
@@ -277,11 +286,11 @@ class Selection:
         )
         route = self._settings.names.trigger_route(letter.task)
         with self._telemetry.send(route, trace=trace):
-            await self._transport.publish(
-                route,
-                replace(envelope, trace=trace).message(),
-                timeout=self._settings.publish_timeout,
-            )
+            await self._send(letter, route, replace(envelope, trace=trace).message())
+
+    async def _publish_now(self, letter: DeadLetter, route: Route, message: Message) -> None:
+        timeout = self._settings.publish_timeout
+        await self._transport.publish(route, message, timeout=timeout)
 
     async def _discard(self, held: Held, reason: str) -> Result:
         letter, delivery = held.letter, held.delivery

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from brokertask.claim import CLAIM, Claim
 from brokertask.errors import EnvelopeError, PayloadTooLarge
@@ -138,34 +138,20 @@ class Envelope:
         size = _payload_size(
             headers, len(message.body), max_bytes, max_memory_bytes + MAX_ERRORS_BYTES
         )
+        values = headers.values()
+        values["attempt"] = max(1, values.get("attempt", 1))
+        values["triggered_ms"] = values.get("triggered_ms") or _instant(message.timestamp_ms)
         return Envelope(
             run_id=run_id_of(message, task),
             task=task,
             payload=message.body[:size],
             content_type=message.content_type or MSGPACK,
-            attempt=max(1, headers.integer("bt-attempt", 1)),
-            seq=headers.integer("bt-seq", 0),
             memory=Memory.unpack(message.body[size:]),
-            triggered_ms=headers.optional_integer("bt-triggered") or _instant(message.timestamp_ms),
-            sent_ms=headers.optional_integer("bt-sent"),
-            due_ms=headers.optional_integer("bt-due"),
-            left_ms=headers.integer("bt-left", 0),
-            expires_ms=headers.optional_integer("bt-expires"),
-            tags=headers.texts("bt-tags"),
-            parent=headers.text("bt-parent"),
-            root=headers.text("bt-root"),
             reply_to=message.reply_to,
             app_id=message.app_id,
             id_derived=not message.message_id or bool(headers.integer("bt-derived", 0)),
-            wait=headers.text("bt-wait"),
-            previous=headers.text("bt-previous"),
-            origin=headers.text("bt-origin"),
-            redrives=headers.integer("bt-redrives", 0),
-            trace={
-                name: value
-                for name in ("traceparent", "tracestate", "baggage")
-                if (value := headers.text(name)) is not None
-            },
+            trace=headers.trace(),
+            **values,
         )
 
     def claim(self) -> Claim | None:
@@ -258,7 +244,7 @@ def check_headers(headers: Headers) -> None:
 
 def _size(value: HeaderValue) -> int:
     if isinstance(value, str):
-        return len(value.encode())
+        return len(value) if value.isascii() else len(value.encode())
     return sum(5 + _size(item) for item in value) if isinstance(value, list) else 8
 
 
@@ -274,7 +260,7 @@ def run_id_of(message: Message, task: str) -> str:
     given = message.message_id
     if not given:
         return derived_id(message, task)
-    if len(given) <= MAX_ID and _cut(given) == given:
+    if _fits(given, MAX_ID):
         return given
     return _uuid(given.encode("utf-8", "replace"))
 
@@ -287,6 +273,11 @@ def derived_id(message: Message, task: str) -> str:
 
 def _uuid(data: bytes) -> str:
     return str(uuid.UUID(bytes=hashlib.sha256(data).digest()[:16], version=5))
+
+
+def _fits(text: str, limit: int) -> bool:
+    """Whether `text` takes at most `limit` bytes, and has no lone surrogates."""
+    return len(text) <= limit and (text.isascii() or _cut(text, limit) == text)
 
 
 def _cut(text: str, limit: int = MAX_ID) -> str:
@@ -312,6 +303,19 @@ class _Headers:
             )
         return int(value)
 
+    def values(self) -> dict[str, Any]:
+        """Return the fields of an envelope that are headers and nothing else."""
+        values: dict[str, Any] = {}
+        for name in self.headers.keys() & _FIELDS.keys():
+            field, read = _FIELDS[name]
+            if (value := read(self, name)) is not None:
+                values[field] = value
+        return values
+
+    def trace(self) -> dict[str, str]:
+        """Return the trace headers that can be read."""
+        return {name: value for name in _TRACE if (value := self.text(name)) is not None}
+
     def integer(self, name: str, default: int) -> int:
         value = self.optional_integer(name)
         return default if value is None else value
@@ -319,8 +323,7 @@ class _Headers:
     def text(self, name: str) -> str | None:
         value = _text(self.headers.get(name))
         # A foreign header must never make our own, which copies it, too large for a frame.
-        longest = {"baggage": 8_192, "tracestate": 512}.get(name, MAX_ID)
-        return value if value is not None and _cut(value, longest) == value else None
+        return value if value is not None and _fits(value, _LONGEST.get(name, MAX_ID)) else None
 
     def texts(self, name: str) -> tuple[str, ...]:
         values = self.headers.get(name)
@@ -333,3 +336,23 @@ def _text(value: HeaderValue) -> str | None:
     if isinstance(value, bytes | bytearray):
         return value.decode("utf-8", "replace")
     return value if isinstance(value, str) else None
+
+
+_LONGEST: Final = {"baggage": 8_192, "tracestate": 512}
+_TRACE: Final = ("traceparent", "tracestate", "baggage")
+_FIELDS: Final[Mapping[str, tuple[str, Callable[[_Headers, str], object]]]] = {
+    "bt-attempt": ("attempt", _Headers.optional_integer),
+    "bt-seq": ("seq", _Headers.optional_integer),
+    "bt-triggered": ("triggered_ms", _Headers.optional_integer),
+    "bt-sent": ("sent_ms", _Headers.optional_integer),
+    "bt-due": ("due_ms", _Headers.optional_integer),
+    "bt-left": ("left_ms", _Headers.optional_integer),
+    "bt-expires": ("expires_ms", _Headers.optional_integer),
+    "bt-tags": ("tags", _Headers.texts),
+    "bt-parent": ("parent", _Headers.text),
+    "bt-root": ("root", _Headers.text),
+    "bt-wait": ("wait", _Headers.text),
+    "bt-previous": ("previous", _Headers.text),
+    "bt-origin": ("origin", _Headers.text),
+    "bt-redrives": ("redrives", _Headers.optional_integer),
+}

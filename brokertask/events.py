@@ -24,7 +24,7 @@ if the run has any. The body is a msgpack map.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any, Final
 
@@ -124,7 +124,11 @@ class Event:
 
     def message(self) -> Message:
         """Return it as the message to publish."""
-        values = {name: value for name, value in asdict(self).items() if value is not None}
+        values = {name: value for name in _FIELDS if (value := getattr(self, name)) is not None}
+        if self.error is not None:
+            values["error"] = asdict(self.error)
+        if self.claim is not None:
+            values["claim"] = asdict(self.claim)
         return Message(
             body=pack(values),
             correlation_id=self.run_id,
@@ -154,6 +158,9 @@ class Event:
             )
         except (TypeError, AttributeError) as problem:
             raise EnvelopeError(f"not an event: {problem}", reason="undecodable") from None
+
+
+_FIELDS: Final = tuple(one.name for one in fields(Event))
 
 
 def event_of(outcome: Outcome, envelope: Envelope, *, at_ms: int, worker: str) -> Event | None:

@@ -82,6 +82,7 @@ class Executor:
         self._transport = transport
         self._settings = settings
         self._names = settings.names
+        self._timeout = settings.publish_timeout
         self._telemetry = telemetry
         self._clock = clock
         self._worker = worker
@@ -98,15 +99,16 @@ class Executor:
 
     async def execute(self, delivery: Delivery, task: Task[Any, Any]) -> None:
         """Do what `delivery` asks for, and settle it. Never raises for what a message holds."""
-        lease = Lease(Envelope(run_id="", task=task.id, payload=b""), [delivery])
+        attempt: Attempt | None = None
         try:
-            await self._take(self._read(lease, task))
+            attempt = self._read(delivery, task)
+            await self._take(attempt)
         except Exception:
             # A defect of ours. Kept, the message would hold a slot for as long as we live; given
             # back, it is tried elsewhere, and in the end the broker buries it.
             log.critical("an execution failed inside brokertask", exc_info=True)
             await asyncio.sleep(DEFECT_PAUSE)
-            for each in lease.deliveries:
+            for each in [delivery] if attempt is None else attempt.lease.deliveries:
                 await each.requeue()
 
     async def _take(self, attempt: Attempt) -> None:
@@ -125,11 +127,11 @@ class Executor:
         elif seq < running.envelope.seq:
             # What follows it is confirmed: this is a copy from before.
             await self.settle(attempt, Repeated())
-        elif seq == running.envelope.seq:
+        elif seq == running.envelope.seq and not running.early:
             # Ours already: the lease was lost, or the message doubled. One attempt serves both.
             running.lease.join(delivery)
         else:
-            # It went on elsewhere while we had lost it.
+            # It went on elsewhere while we had lost it, or is back before its hop was confirmed.
             running.supersede()
             await running.over.wait()
             await self._take(attempt)
@@ -167,10 +169,8 @@ class Executor:
         """Renew messages that are held for long, until cancelled."""
         await self._keeper.renew(lambda: list(self._running))
 
-    def _read(self, lease: Lease, task: Task[Any, Any]) -> Attempt:
-        (delivery,) = lease.deliveries
-        message = delivery.message
-        lease.since = asyncio.get_running_loop().time()
+    def _read(self, delivery: Delivery, task: Task[Any, Any]) -> Attempt:
+        message, since = delivery.message, asyncio.get_running_loop().time()
         try:
             envelope = Envelope.read(
                 message,
@@ -179,15 +179,15 @@ class Executor:
                 max_memory_bytes=self._settings.max_memory_bytes,
             )
         except EnvelopeError as error:
-            run_id = run_id_of(message, task.id)
-            lease.envelope = replace(lease.envelope, run_id=run_id)
-            return Attempt(task, lease, unread=error)
+            unknown = Envelope(run_id=run_id_of(message, task.id), task=task.id, payload=b"")
+            return Attempt(task, Lease(unknown, [delivery], since), unread=error)
         # A lost delivery was an attempt: whoever had it died with it, or lost the broker.
         before = self._names.died_inflight(message.headers)
         carried = self._transport.carries_losses
         lost = max(delivery.lost, before) if carried else delivery.lost + before
-        lease.envelope = replace(envelope, attempt=envelope.attempt + lost)
-        return Attempt(task, lease, lost=lost)
+        if lost:
+            envelope = replace(envelope, attempt=envelope.attempt + lost)
+        return Attempt(task, Lease(envelope, [delivery], since), lost=lost)
 
     async def _execute(self, attempt: Attempt) -> None:
         self._running.add(attempt)
@@ -199,6 +199,7 @@ class Executor:
             self._running.discard(attempt)
             if self._attempts.get(attempt.key) is attempt:
                 del self._attempts[attempt.key]
+            attempt.release()
             attempt.over.set()
 
     async def _end(self, attempt: Attempt) -> None:
@@ -228,7 +229,7 @@ class Executor:
             return  # Another message may only look the same.
         # For its settlement alone, so without what its code may still hold on to.
         attempt.lease.envelope = attempt.now
-        attempt.user = attempt.context = attempt.left = None
+        attempt.release()
         size = len(attempt.envelope.payload) + attempt.envelope.memory.size
         size += len(outcome.result) if isinstance(outcome, Succeeded) else 0
         if size <= KEPT_BYTES:
@@ -238,6 +239,7 @@ class Executor:
         off = self._standing.cancelled(attempt.envelope) is not None
         early = 0 if off else early_ms(attempt.envelope, self._clock.now_ms())
         if early > IN_PLACE_MS:
+            attempt.early = True
             return Early(early / 1000)
         if early > 0:
             await self._clock.sleep(early / 1000)
@@ -271,18 +273,11 @@ class Executor:
                 outcome = await self._performer.give_up(attempt, "crashed", attempt.crashes())
             else:
                 if self._reports.wanted:
-                    began = started_event(envelope, at_ms=now, worker=self._worker)
-                    self._reports.tell(began)
-                host = AttemptHost(
-                    attempt,
-                    self._keeper.save,
-                    self._news,
-                    clock=self._clock,
-                    worker=self._worker,
-                    reports=self._reports,
-                )
+                    self._reports.tell(started_event(envelope, at_ms=now, worker=self._worker))
+                host = self._host(attempt)
                 outcome = await self._performer.perform(attempt, host, hurry=self._draining)
-                await host.finish()
+                if host is not None:
+                    await host.finish()
                 order = self._standing.cancelled(envelope)
                 if order is not None and not isinstance(outcome, Succeeded | Failed | Repeated):
                     # It goes on nowhere, however it left its code.
@@ -290,11 +285,18 @@ class Executor:
             span.end(outcome, at_ms=self._clock.now_ms())
             return outcome
 
+    def _host(self, attempt: Attempt) -> AttemptHost | None:
+        if not self._performer.shows_context(attempt.task):
+            return None
+        save, tell, reports = self._keeper.save, self._news, self._reports
+        worker, clock = self._worker, self._clock
+        return AttemptHost(attempt, save, tell, clock=clock, worker=worker, reports=reports)
+
     async def _news(self, attempt: Attempt, event: Event) -> None:
         """Publish an event in the middle of a run: only news, so one try will do."""
-        timeout, route = self._settings.publish_timeout, self._event_route(attempt, event)
+        route, message = self._event_route(attempt, event), event.message()
         try:
-            await self._transport.publish(route, event.message(), timeout=timeout, mandatory=False)
+            await self._transport.publish(route, message, timeout=self._timeout, mandatory=False)
         except BrokertaskError as error:
             log.debug("%s of run %s is lost: %s", event.event, event.run_id, error)
 
@@ -323,6 +325,8 @@ class Executor:
     def _follows(
         self, attempt: Attempt, outcome: Outcome, now: int
     ) -> tuple[Route, Message] | None:
+        if isinstance(outcome, Succeeded):
+            return None
         if attempt.unread is not None and isinstance(outcome, Failed):
             message, task = attempt.lease.deliveries[0].message, attempt.task.id
             return self._names.dead_route(task), bury_raw(message, outcome, task=task, now_ms=now)
@@ -346,9 +350,7 @@ class Executor:
             route, message = follows
             try:
                 with self._telemetry.send(route, trace=attempt.now.trace):
-                    await self._transport.publish(
-                        route, message, timeout=self._settings.publish_timeout
-                    )
+                    await self._transport.publish(route, message, timeout=self._timeout)
             except PublishError as error:
                 self._telemetry.publish_failed(type(error).__name__)
                 log.warning("run %s cannot be settled yet: %s", attempt.envelope.run_id, error)
@@ -363,12 +365,14 @@ class Executor:
 
         Tries for the time of one publish: whoever listens must not hold up the run.
         """
-        event = event_of(outcome, attempt.now, at_ms=now, worker=self._worker)
+        event = event_of(outcome, attempt.remembering, at_ms=now, worker=self._worker)
         if event is None:
             return True
         route = self._event_route(attempt, event)
+        if attempt.envelope.reply_to is None and self._reports.take(route, event.message()):
+            return True
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._settings.publish_timeout
+        deadline = loop.time() + self._timeout
         while attempt.lease.live:
             try:
                 await self._transport.publish(

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final, Never, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Final,
+    Never,
+    NoReturn,
+    TypeAlias,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 from weakref import WeakKeyDictionary
 
-import anyio
 import anyio.to_thread
 from pydantic import PydanticUserError, TypeAdapter
 from pydantic.errors import PydanticSchemaGenerationError
 
-from brokertask.errors import UnsupportedType
+from brokertask.errors import ConfigurationError, UnsupportedType
+
+InThread: TypeAlias = Callable[[Callable[[], Any]], Awaitable[Any]]
+"""Calls a function in a thread: a method of `threads.Threads`."""
 
 
 def is_async(function: Callable[..., Any]) -> bool:
@@ -22,17 +35,36 @@ def is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(inspect.unwrap(_called(function)))
 
 
-async def call(function: Callable[[], Any], *, threads: anyio.CapacityLimiter | None = None) -> Any:
+def in_loop(function: Callable[..., Any]) -> bool:
+    """Whether a function is called in the event loop: calling it gives a coroutine.
+
+    A sync function that only wraps an async one, as with asyncio.run, needs a thread.
+    """
+    return inspect.iscoroutinefunction(_called(function))
+
+
+async def call(function: Callable[[], Any], *, thread: InThread | None = None) -> Any:
     """Call a function of either kind and return its result; a sync one runs in a thread.
 
-    Cancelled, it does not wait for the thread, which Python cannot end.
+    Cancelled, it does not wait for the thread, which Python cannot end. Without a `thread` to run
+    it in, outside of a worker, it is one of anyio's.
     """
-    # A sync function that only wraps an async one, as with asyncio.run, needs a thread.
-    if inspect.iscoroutinefunction(_called(function)):
+    if in_loop(function):
         return await function()
-    result = await anyio.to_thread.run_sync(function, limiter=threads, abandon_on_cancel=True)
+    if thread is None:
+        result = await anyio.to_thread.run_sync(function, abandon_on_cancel=True)
+    else:
+        result = await thread(function)
     # A plain wrapper around an async function looks like a sync one until it is called.
     return await result if inspect.isawaitable(result) else result
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the event loop that the caller runs in, if it does in one."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def qualified_name(function: Callable[..., Any]) -> str:
@@ -40,6 +72,18 @@ def qualified_name(function: Callable[..., Any]) -> str:
     inner = _innermost(function)
     name = getattr(inner, "__qualname__", None)
     return name if isinstance(name, str) else type(inner).__qualname__
+
+
+def place_of(function: Callable[..., Any]) -> str:
+    """Return where a function is written: file and line.
+
+    Raises:
+        ConfigurationError: It is no function.
+    """
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None:
+        raise ConfigurationError(f"a task is a function, not {function!r}")
+    return f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def adapter(annotation: Any, what: str) -> TypeAdapter[Any]:

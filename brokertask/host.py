@@ -81,7 +81,8 @@ class AttemptHost:
     async def finish(self) -> None:
         """Tell the last news, so that they come before the end; nothing comes after it."""
         self._over = True
-        await asyncio.gather(*self._warnings, return_exceptions=True)
+        if self._warnings:
+            await asyncio.gather(*self._warnings, return_exceptions=True)
         if self._reporting is not None:
             self._reporting.cancel()
             await asyncio.gather(self._reporting, return_exceptions=True)
@@ -90,7 +91,7 @@ class AttemptHost:
 
     def _start_warning(self, message: str) -> None:
         attempt, now_ms = self._attempt, self._clock.now_ms()
-        event = warning_event(attempt.now, message, at_ms=now_ms, worker=self._worker)
+        event = warning_event(attempt.remembering, message, at_ms=now_ms, worker=self._worker)
         warning = asyncio.create_task(self._publish(attempt, event))
         self._warnings.add(warning)
         warning.add_done_callback(self._warnings.discard)
@@ -111,7 +112,7 @@ class AttemptHost:
         context = self._attempt.context
         if context is not None:
             done, total = context.progressed or (None, None)
-            now, now_ms = self._attempt.now, self._clock.now_ms()
+            now, now_ms = self._attempt.remembering, self._clock.now_ms()
             event = progress_event(now, done, total, at_ms=now_ms, worker=self._worker)
             try:
                 await self._publish(self._attempt, event)

@@ -33,6 +33,7 @@ class Intake:
         receive: Receive,
     ) -> None:
         self._to_pause = to_pause
+        self.drained = False
         self._tasks = {task.id: task for task in tasks}
         self._windows = windows
         self._names = names
@@ -62,7 +63,7 @@ class Intake:
             AccessDenied: This user may not read one.
         """
         for task in self._tasks:
-            if task not in self._to_pause:
+            if not self._held(task):
                 await self._begin(transport, task)
         self._transport = transport
         for task in self._tasks:
@@ -75,6 +76,12 @@ class Intake:
             change = asyncio.create_task(self._fit(task, self._transport))
             self._changes.add(change)
             change.add_done_callback(self._changes.discard)
+
+    def drain(self) -> None:
+        """Consume nothing from now on, whatever is resumed; what has begun goes on."""
+        self.drained = True
+        for task in self._tasks:
+            self.change(task)
 
     async def stop(self) -> None:
         """Take nothing more; what was delivered can be settled."""
@@ -89,12 +96,15 @@ class Intake:
             if isinstance(problem, Exception):
                 log.error("a consumer does not stop in order", exc_info=problem)
 
+    def _held(self, task: str) -> bool:
+        return self.drained or task in self._to_pause
+
     async def _fit(self, task: str, transport: Transport) -> None:
         """Bring a task's consumers to what holds for it; again and again if that fails."""
         async with self._changing[task]:
-            while (task in self._consumers) == (task in self._to_pause):
+            while (task in self._consumers) == self._held(task):
                 try:
-                    if task in self._to_pause:
+                    if self._held(task):
                         await self._end(task)
                     else:
                         await self._begin(transport, task)
@@ -134,4 +144,4 @@ class Intake:
         former += ended
         while former and not window.taken:
             await former.pop().close()
-        log.info("%s is paused", task)
+        log.info("%s is not consumed any more", task)

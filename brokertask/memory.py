@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 import msgpack
 
 from brokertask.claim import Claim
-from brokertask.errors import EnvelopeError
+from brokertask.errors import EnvelopeError, MemoryFull
 from brokertask.outcome import AttemptError
 from brokertask.values import MSGPACK, decode, pack
 from brokertask.wait import WAIT, reopened
@@ -106,10 +106,21 @@ class Memory:
         metadata = len(pack(self.metadata)) if self.metadata else 0
         return metadata + sum(len(step.packed) for step in self.steps)
 
-    def largest(self, count: int = 3) -> list[tuple[str, int]]:
-        """Return the keys and sizes in bytes of the largest steps, the largest first."""
-        sizes = ((step.key, len(step.packed)) for step in self.steps)
-        return sorted(sizes, key=lambda one: one[1], reverse=True)[:count]
+    def check(self, limit: int, what: str) -> None:
+        """Return if it fits into `limit` bytes, with `what` newly in it.
+
+        Raises:
+            MemoryFull: It does not.
+        """
+        if (size := self.size) <= limit:
+            return
+        sizes = sorted(((len(step.packed), step.key) for step in self.steps), reverse=True)
+        largest = ", ".join(f"{key!r} {size} bytes" for size, key in sizes[:3])
+        raise MemoryFull(
+            f"with {what!r} the run remembers {size} bytes, the limit is {limit} "
+            f"(max_memory_bytes); the largest steps: {largest or 'none'}. Let steps return "
+            "references to large data, or raise the limit"
+        )
 
     def pack(self) -> bytes:
         """Return it as msgpack; empty bytes when there is nothing to remember."""
@@ -132,7 +143,7 @@ class Memory:
             EnvelopeError: It is damaged.
         """
         if not data:
-            return Memory()
+            return _NOTHING
         try:
             raw = decode(data, MSGPACK)
             metadata = raw.get("metadata", {})
@@ -147,6 +158,9 @@ class Memory:
             raise EnvelopeError(
                 f"the run's memory is damaged: {error}", reason="undecodable"
             ) from None
+
+
+_NOTHING: Final = Memory()
 
 
 def _array(items: Iterable[bytes]) -> bytes:

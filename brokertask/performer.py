@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-from asyncio import FIRST_COMPLETED
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final, TypeVar
-
-import anyio
 
 from brokertask.attempt import Attempt, Raised, Returned
 from brokertask.clock import Clock
@@ -52,6 +48,7 @@ from brokertask.run import RunningIn, running_in
 from brokertask.settings import Settings
 from brokertask.steps import Steps
 from brokertask.task import CallNext, Middleware, Task
+from brokertask.threads import Threads
 from brokertask.typed import dump
 from brokertask.values import MSGPACK, clip, decode, encode
 
@@ -77,8 +74,7 @@ class Performer:
         self._worker = worker
         self._clock = clock
         self._settings = settings
-        self._threads = anyio.CapacityLimiter(settings.thread_limit)
-        self._counted = anyio.CapacityLimiter(math.inf)
+        self._threads = Threads(settings.thread_limit)
         self._middleware = tuple(middleware)
         self._state = state
         self._code: set[asyncio.Task[Any]] = set()
@@ -89,26 +85,41 @@ class Performer:
             code.cancel("drain")
         if self._code:
             await asyncio.wait(self._code, timeout=LEAVING)
+        self._threads.close()
 
-    def _start(self, code: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+    def _start(
+        self, code: Coroutine[Any, Any, T], name: str, ended: Callable[[], None] = lambda: None
+    ) -> asyncio.Task[T]:
         """Run user code in a task of its own, remembered until it ends."""
+
+        def end(task: asyncio.Task[T]) -> None:
+            self._code.discard(task)
+            ended()
+
         task = asyncio.create_task(code, name=name)
         self._code.add(task)
-        task.add_done_callback(self._code.discard)
+        task.add_done_callback(end)
         return task
 
-    async def perform(self, attempt: Attempt, host: AttemptHost, *, hurry: bool) -> Outcome:
+    def shows_context(self, task: Task[Any, Any]) -> bool:
+        """Whether somebody gets to see the Context of a task's runs; most functions take none."""
+        hooks = task.success_hooks or task.failure_hooks or task.cancel_hooks
+        return task.takes_context or bool(hooks or self._around(task))
+
+    async def perform(self, attempt: Attempt, host: AttemptHost | None, *, hurry: bool) -> Outcome:
         """Run the task's code within its timeout and return what it came to, whatever it does.
 
+        Without a host there is nothing that the code may ask for, and no Context.
         In a hurry, no sleep keeps its slot.
         """
-        attempt.context = self._context(attempt, host)
-        if hurry:
-            attempt.context.steps.drain()
+        if host is not None:
+            attempt.context = self._context(attempt, host)
+            if hurry:
+                attempt.context.steps.drain()
         if attempt.task.is_async:
             return await self._within_time(attempt)
         # Before the clock starts: a run that waits for a thread has not overrun.
-        async with self._threads:
+        async with self._threads.slots:
             if attempt.interrupted or attempt.superseded:
                 return Repeated() if attempt.superseded else Interrupted()
             return await self._within_time(attempt)
@@ -118,20 +129,19 @@ class Performer:
         root, loop = envelope.root or envelope.run_id, asyncio.get_running_loop()
         running_in.set(RunningIn(envelope.run_id, envelope.task, envelope.attempt, root, loop))
         name = f"{attempt.task.id} {envelope.run_id}"
-        assert attempt.context is not None
-        if timeout is not None:
+        if timeout is not None and attempt.context is not None:
             attempt.context.deadline = self._now() + timedelta(seconds=timeout)
-        user = self._start(self._whole(attempt.task, attempt.context, envelope), name)
-        attempt.user, attempt.left = user, loop.create_future()
-        ends: set[asyncio.Future[Any]] = {user, attempt.left}
+        attempt.left = loop.create_future()
+        user = attempt.user = self._start(self._whole(attempt), name, attempt.leave)
+        timer = None if timeout is None else loop.call_later(timeout, attempt.expire)
         try:
-            done, _ = await asyncio.wait(ends, timeout=timeout, return_when=FIRST_COMPLETED)
-            if not done:
-                attempt.cancel("timeout")
-                await asyncio.wait(ends, return_when=FIRST_COMPLETED)
+            await attempt.left
         except asyncio.CancelledError:
             attempt.cancel("drain")
             raise
+        finally:
+            if timer is not None:
+                timer.cancel()
         if not user.done():
             log.error("run %s of %s ignores its cancellation", envelope.run_id, attempt.task.id)
         if attempt.superseded:
@@ -142,14 +152,14 @@ class Performer:
             return await self._judge(attempt, user.result())
         if attempt.interrupted:
             return Interrupted()
-        if timeout is not None and attempt.context.cancelled == "timeout":
+        if timeout is not None and attempt.cause == "timeout":
             late = TimeoutError(f"took longer than {timeout:g} s")
             return await self._judge(attempt, Raised(late))
         return await self._judge(attempt, Raised(RuntimeError("the task cancelled itself")))
 
     def _left(self, attempt: Attempt) -> Waiting | Sleeping | None:
         """Return what a run came to that left its slot, whatever its code made of that."""
-        if attempt.context is None or attempt.context.steps.defect is not None:
+        if attempt.defect is not None:
             return None
         if attempt.waits:
             return Waiting(attempt.waits, attempt.due_ms)
@@ -180,36 +190,34 @@ class Performer:
                         attempt.context.payload = await _payload(attempt.task, attempt.envelope)
         await self._call_hooks(attempt, hooks, value)
 
-    async def _whole(
-        self, task: Task[Any, Any], context: Context, envelope: Envelope
-    ) -> Returned | Raised:
+    async def _whole(self, attempt: Attempt) -> Returned | Raised:
         """Run the code, and what steps it has left to themselves: they are part of the attempt.
 
         So is the payload store, before and after: it shares the attempt's timeout and end.
         """
+        task, context = attempt.task, attempt.context
         try:
-            ended = await self._run(task, context, envelope)
-            # A step in an asyncio task that was only just made begins, and is waited for.
-            await asyncio.sleep(0)
-            forgotten = context.steps.forgotten()
-            await context.steps.finish()
-            if isinstance(ended, Raised):
-                return ended
-            if forgotten:
-                return Raised(_never_awaited(forgotten, task))
-            return await self._put(task, ended.value)
+            ended = await self._run(attempt, context)
+            if context is not None:
+                # A step in an asyncio task that was only just made begins, and is waited for.
+                await asyncio.sleep(0)
+                forgotten = context.steps.forgotten()
+                await context.steps.finish()
+                if forgotten and not isinstance(ended, Raised):
+                    return Raised(_never_awaited(forgotten, task))
+            return ended if isinstance(ended, Raised) else await self._put(task, ended.value)
         except asyncio.CancelledError:
-            context.steps.abandon()
+            if context is not None:
+                context.steps.abandon()
             raise
 
-    async def _run(
-        self, task: Task[Any, Any], context: Context, envelope: Envelope
-    ) -> Returned | Raised:
+    async def _run(self, attempt: Attempt, context: Context | None) -> Returned | Raised:
         """Load the payload and call the task in its middleware; errors of user code end here."""
-        if task.is_async:
+        task = attempt.task
+        if task.is_async and context is not None:
             context.steps.begin()
         try:
-            payload = context.payload = await _payload(task, envelope)
+            payload = await _payload(task, attempt.envelope)
         except EnvelopeError as error:
             return Raised(error, error.reason)
         except InvalidPayload as error:
@@ -217,28 +225,42 @@ class Performer:
         except BrokertaskError as error:
             return Raised(error)
 
-        async def innermost(inner: Context) -> Any:
-            return await task.perform(inner, payload, threads=self._counted)
-
-        call: CallNext = innermost
-        for middleware in reversed((*self._middleware, *task.options.middleware)):
-            call = partial(_wrap, middleware, call)
         try:
-            return Returned(await call(context))
+            if context is None:
+                return Returned(await task.perform(None, payload, thread=self._threads.run_at_once))
+            context.payload = payload
+            return Returned(await self._through(task, context))
         except BaseException as error:
             # SystemExit and KeyboardInterrupt too: a task must not be able to stop the worker.
-            if context.cancelled is not None:
-                raise asyncio.CancelledError(context.cancelled) from error
+            if attempt.cause is not None:
+                raise asyncio.CancelledError(attempt.cause) from error
             if isinstance(error, asyncio.CancelledError):
                 return Raised(RuntimeError("the task cancelled itself"))
             return Raised(error)
+
+    def _around(self, task: Task[Any, Any]) -> tuple[Middleware, ...]:
+        """Return the middleware of a task, the outermost first."""
+        return self._middleware + task.options.middleware
+
+    async def _through(self, task: Task[Any, Any], context: Context) -> Any:
+        """Call the task in its middleware."""
+        payload = context.payload
+
+        async def innermost(inner: Context) -> Any:
+            return await task.perform(inner, payload, thread=self._threads.run_at_once)
+
+        call: CallNext = innermost
+        for middleware in reversed(self._around(task)):
+            call = partial(_wrap, middleware, call)
+        return await call(context)
 
     async def _put(self, task: Task[Any, Any], result: Any) -> Returned | Raised:
         """Return a result with the outcome that carries it; what is too large is in the store."""
         limit = self._settings.max_payload_bytes
         try:
             body = encode(dump(task.result_type, result))
-            claim = await task.client.claims.put(body)
+            claims = task.client.claims
+            claim = await claims.put(body) if claims.takes(len(body)) else None
             if claim is None and len(body) > limit:
                 raise InvalidPayload(
                     f"the result is {len(body)} bytes, the limit is {limit} (max_payload_bytes); "
@@ -252,7 +274,7 @@ class Performer:
 
     async def _judge(self, attempt: Attempt, ended: Returned | Raised) -> Outcome:
         """Return what follows from how the code ended, and call the hooks if it is the end."""
-        defect = None if attempt.context is None else attempt.context.steps.defect
+        defect = attempt.defect
         if isinstance(defect, PayloadUnavailable):
             ended = Raised(defect)
         elif defect is not None:
@@ -261,7 +283,8 @@ class Performer:
         if isinstance(ended, Returned):
             returned: tuple[Any, Succeeded] = ended.value
             result, outcome = returned
-            await self._call_hooks(attempt, attempt.task.success_hooks, result)
+            if attempt.task.success_hooks:
+                await self._call_hooks(attempt, attempt.task.success_hooks, result)
             return outcome
         if ended.reason is not None:
             return await self.give_up(attempt, ended.reason, ended.error)
@@ -291,7 +314,7 @@ class Performer:
             span=attempt.span,
             clock=self._clock,
             # A sync task's thread must not wait for another of the same few.
-            threads=self._threads if attempt.task.is_async else self._counted,
+            thread=self._threads.run if attempt.task.is_async else self._threads.run_at_once,
             max_bytes=self._settings.max_memory_bytes,
             claims=attempt.task.client.claims,
         )

@@ -11,12 +11,13 @@ from typing import Any, Final, Literal, TypeAlias
 from brokertask.envelope import Message
 from brokertask.errors import EnvelopeError
 from brokertask.values import MSGPACK, decode, pack
+from brokertask.version import __version__
 
 WORKER: Final = "worker"
 """The `type` of its message, and what its routing key begins with: `worker.<name>`."""
 EVERY: Final = 30.0
 """Seconds between two of them; a worker that is silent for three times as long is gone."""
-State: TypeAlias = Literal["working", "stopped"]
+State: TypeAlias = Literal["working", "draining", "stopped"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class Presence:
     """By task: `slots`, how many of them are `busy`, and whether it is `paused`."""
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
+    version: str = __version__
 
     def message(self) -> Message:
         """Return it as the message to publish."""
@@ -47,12 +49,13 @@ class Presence:
         match decode(message.body, message.content_type or MSGPACK):
             case {
                 "worker": str(worker),
-                "state": "working" | "stopped" as state,
+                "state": "working" | "draining" | "stopped" as state,
                 "at_ms": int(at_ms),
                 "started_ms": int(started_ms),
                 "tasks": dict(tasks),
                 "host": str(host),
                 "pid": int(pid),
+                "version": str(version),
             }:
                 return Presence(
                     worker=worker,
@@ -62,5 +65,6 @@ class Presence:
                     tasks=tasks,
                     host=host,
                     pid=pid,
+                    version=version,
                 )
         raise EnvelopeError("not what a worker says of itself", reason="undecodable")

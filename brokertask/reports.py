@@ -1,7 +1,8 @@
-"""What a worker tells beside the outcomes of runs, in the background: nobody waits for it.
+"""What a worker tells in the background, as no run has to wait for it.
 
-Only while servers keep history, so that a worker without one pays nothing. What cannot be sent in
-time is dropped: the run goes on, and its end is told by another way.
+Beside the outcomes of runs, only while servers keep history, so that a worker without one pays
+nothing. What cannot be sent in time is dropped: the run goes on, and its end is told by another
+way. And the outcomes themselves, as long as nobody relies on hearing of them.
 """
 
 from __future__ import annotations
@@ -31,12 +32,19 @@ class Reports:
     """Sends reports, one after the other and some at a time."""
 
     def __init__(
-        self, transport: Transport, *, names: Names, timeout: float, wanted: Callable[[], bool]
+        self,
+        transport: Transport,
+        *,
+        names: Names,
+        timeout: float,
+        wanted: Callable[[], bool],
+        blind: Callable[[], bool],
     ) -> None:
         self._transport = transport
         self._names = names
         self._timeout = timeout
         self._wanted = wanted
+        self._blind = blind
         self._waiting: asyncio.Queue[tuple[Route, Message]] = asyncio.Queue(AHEAD)
         self._senders: list[asyncio.Task[None]] = []
         self._dropped = 0
@@ -46,20 +54,34 @@ class Reports:
         """Whether there is anybody who keeps what is told."""
         return self._wanted()
 
+    def take(self, route: Route, message: Message) -> bool:
+        """Publish an outcome soon; False if its run must wait until it is on the broker's disk.
+
+        It must where servers keep history, or may: a worker that does not hear of them cannot
+        know. So must those that nobody sends fast enough.
+        """
+        if self._wanted() or self._blind():
+            return False
+        return self._add(route, message)
+
     def tell(self, event: Event) -> None:
         """Publish an event of a run soon; not to its caller, who waits for other things."""
         self.send(self._names.event_route(event.event, event.task), event.message())
 
     def send(self, route: Route, message: Message) -> None:
         """Publish a message soon, if there is room."""
-        if not self._senders:
-            self._senders = [asyncio.create_task(self._keep_sending()) for _ in range(SENDERS)]
-        try:
-            self._waiting.put_nowait((route, message))
-        except asyncio.QueueFull:
+        if not self._add(route, message):
             self._dropped += 1
             if self._dropped == 1:
                 log.warning("reports for servers wait in vain; the newest are dropped")
+
+    def _add(self, route: Route, message: Message) -> bool:
+        if not self._senders:
+            self._senders = [asyncio.create_task(self._keep_sending()) for _ in range(SENDERS)]
+        if self._waiting.full():
+            return False
+        self._waiting.put_nowait((route, message))
+        return True
 
     async def finish(self) -> None:
         """Send what is left, for a moment."""

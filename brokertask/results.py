@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -46,6 +47,19 @@ def restored(key: str, kind: TypeAdapter[Any] | None, result: bytes) -> Any:
         raise UnsupportedType(
             f"the result of step {key!r} is not what its function's annotation says: {error}"
         ) from None
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of values as they come back: what their owner does to them leaves it alone.
+
+    Raises:
+        InvalidPayload: One would not come back as what it is.
+    """
+    # As deep as it is where it is remembered.
+    copy: dict[str, Any] = decode(encode({"metadata": values}), MSGPACK)["metadata"]
+    if not same(copy, dict(values)):
+        raise InvalidPayload("metadata holds plain values only: text, numbers, lists, maps")
+    return copy
 
 
 def same(one: object, other: object) -> bool:

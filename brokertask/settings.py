@@ -6,17 +6,18 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
-from pydantic import AfterValidator, BeforeValidator, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from brokertask.durations import seconds
 from brokertask.errors import ConfigurationError, InvalidOption
 from brokertask.payloads import check_url
 from brokertask.topology import Names
 
+PREFIX: Final = "BROKERTASK_"
 DEFAULT_URL: Final = "amqp://guest:guest@127.0.0.1:5672/"
+DataPlane: TypeAlias = Literal["direct", "aio-pika"]
 DEV_SOCKET: Final = Path(".brokertask/dev.sock")
 """Where `brokertask dev` listens, below the folder it was started in."""
 _SCHEMES: Final = ("amqp://", "amqps://", "memory:", "unix:")
@@ -55,16 +56,10 @@ def _seconds(value: Any) -> float:
 Seconds = Annotated[float, BeforeValidator(_seconds)]
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """Everything a deployment may set. Arguments given in code win over the environment."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="BROKERTASK_",
-        extra="forbid",
-        frozen=True,
-        env_ignore_empty=True,
-        hide_input_in_errors=True,
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     amqp_url: Annotated[str | None, AfterValidator(_known_scheme), Field(repr=False)] = None
     """The broker: `amqp(s)://user:password@host:port/vhost`, or the embedded one: `memory:` in
@@ -81,6 +76,9 @@ class Settings(BaseSettings):
     """How long a caller waits for a connection before `BrokerUnavailable`."""
     publish_timeout: Seconds = 30.0
     """How long a publish may take before `PublishUnknown` or `BrokerBlocked`."""
+    data_plane: DataPlane = "direct"
+    """Who handles the frames that carry messages, acks and confirms: brokertask itself, or
+    aio-pika at many times the cost."""
     max_payload_bytes: int = Field(default=1_048_576, ge=1_024, le=16_777_216)
     """The largest payload or result in a message, in msgpack; 16 MiB is RabbitMQ's own limit."""
     max_memory_bytes: int = Field(default=1_048_576, ge=1_024, le=8_388_608)
@@ -102,6 +100,14 @@ class Settings(BaseSettings):
     renewed, so that a run may last longer."""
     thread_limit: int = Field(default=40, ge=1, le=1_000)
     """Threads a worker process uses for tasks that are sync functions, all tasks together."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_environment(cls, given: Any) -> Any:
+        # Not by pydantic-settings: its import takes longer than all of this package's.
+        written = {name.lower(): value for name, value in os.environ.items() if value}
+        known = {name: written.get(f"{PREFIX.lower()}{name}") for name in cls.model_fields}
+        return {name: value for name, value in known.items() if value is not None} | given
 
     @property
     def names(self) -> Names:

@@ -38,6 +38,11 @@ class Steering:
         self._caught_up = asyncio.Event()
         self._follower: Consumer | None = None
 
+    @property
+    def caught_up(self) -> bool:
+        """Whether it has read all that was said before it began."""
+        return self._caught_up.is_set()
+
     async def start(self, transport: Transport) -> None:
         """Return when all was read that was said before; or when there is no log to read."""
         log_name = self._settings.names.control

@@ -14,10 +14,8 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Final, Never, TypeVar
-
-import anyio
 
 from brokertask.claim import Claim
 from brokertask.claims import Claims
@@ -25,17 +23,16 @@ from brokertask.clock import Clock, SystemClock
 from brokertask.errors import (
     BrokertaskError,
     InvalidOption,
-    InvalidPayload,
     MemoryFull,
     PayloadUnavailable,
     StepMismatch,
     UnsupportedType,
 )
-from brokertask.functions import qualified_name, result_type
+from brokertask.functions import InThread, qualified_name, result_type, running_loop
 from brokertask.hosting import Host
 from brokertask.memory import Memory, Metadata, Step
 from brokertask.places import SLEEP, Asked, Places
-from brokertask.results import packed, restored, same
+from brokertask.results import packed, plain, restored
 from brokertask.retry import Retry
 from brokertask.telemetry import AttemptSpan
 from brokertask.tries import Rest, Tries, inside
@@ -69,18 +66,17 @@ class Steps:
         host: Host | None = None,
         span: AttemptSpan | None = None,
         clock: Clock | None = None,
-        threads: anyio.CapacityLimiter | None = None,
+        thread: InThread | None = None,
         max_bytes: int = 1_048_576,
         claims: Claims | None = None,
     ) -> None:
         self.memory = memory
         self.defect: BrokertaskError | None = None
-        self._rest = Rest(clock or SystemClock())
-        self.loop = _running_loop()
+        self.loop = running_loop()
         self.host = host
         self._span = span
         self.clock = clock or SystemClock()
-        self._tries = Tries(self, span=span, threads=threads, rest=self._rest)
+        self._thread = thread
         self._max_bytes = max_bytes
         self.claims = claims or Claims()
         self._finished = {step.key: step for step in memory.steps}
@@ -91,12 +87,27 @@ class Steps:
         """Calls whose coroutines have not been awaited yet, by key."""
         self._workers: list[asyncio.Task[Any]] = []
         """The asyncio tasks in which steps run at this moment."""
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._hurry = asyncio.Event()
         self._sleeping: list[int] = []
         self._waiting: list[str] = []
         self._served: set[asyncio.Task[Any]] = set()
+
+    # Most runs have no steps, and need none of these.
+
+    @cached_property
+    def _rest(self) -> Rest:
+        return Rest(self.clock)
+
+    @cached_property
+    def _tries(self) -> Tries:
+        return Tries(self._places, span=self._span, thread=self._thread, rest=self._rest)
+
+    @cached_property
+    def _idle(self) -> asyncio.Event:
+        return asyncio.Event()
+
+    @cached_property
+    def _hurry(self) -> asyncio.Event:
+        return asyncio.Event()
 
     @property
     def resting(self) -> int:
@@ -122,7 +133,8 @@ class Steps:
     async def finish(self) -> None:
         """Let no further step begin, and return when those that run have ended."""
         self.close()
-        await self._idle.wait()
+        if self._workers:
+            await self._idle.wait()
 
     async def serve(self, work: Coroutine[Any, Any, T]) -> T:
         """Do `work` for a thread, which is let go when the attempt ends."""
@@ -147,12 +159,7 @@ class Steps:
         """
 
         def changed(memory: Memory) -> Memory:
-            metadata = change(memory.metadata)
-            # A copy, as it comes back: what the caller keeps of it must not change the memory.
-            copy = decode(encode({"metadata": metadata}), MSGPACK)["metadata"]
-            if not same(copy, metadata):
-                raise InvalidPayload("metadata holds plain values only: text, numbers, lists, maps")
-            return replace(memory, metadata=copy)
+            return replace(memory, metadata=plain(change(memory.metadata)))
 
         self._remember(changed, "metadata")
 
@@ -178,7 +185,11 @@ class Steps:
     def forgotten(self) -> list[str]:
         """Return the keys of what was asked for and never awaited: it was not done."""
         created = inspect.CORO_CREATED
-        found = {key: one for key, one in self._unbegun.items() if _state(one) == created}
+        found = {
+            key: one
+            for key, one in self._unbegun.items()
+            if inspect.getcoroutinestate(one) == created
+        }
         for one in found.values():
             one.close()
         return list(found)
@@ -187,7 +198,7 @@ class Steps:
 
     def ask(self, name: str | None, function: str) -> Asked:
         """Give a call its key and its place among those of the run."""
-        if inside.get() is self:
+        if inside.get() is self._places:
             # Remembered, the outer one would not ask for it, and the places would shift.
             return Asked(
                 name or SLEEP,
@@ -303,14 +314,11 @@ class Steps:
 
     def _replace(self, memory: Memory, what: str) -> None:
         size, before = memory.size, self.memory.size
-        if size > self._max_bytes:
-            largest = ", ".join(f"{key!r} {size} bytes" for key, size in memory.largest())
-            self.defect = MemoryFull(
-                f"with {what!r} the run remembers {size} bytes, the limit is {self._max_bytes} "
-                f"(max_memory_bytes); the largest steps: {largest or 'none'}. Let steps return "
-                "references to large data, or raise the limit"
-            )
-            raise self.defect
+        try:
+            memory.check(self._max_bytes, what)
+        except MemoryFull as error:
+            self.defect = error
+            raise
         if size > self._max_bytes * NEARLY_FULL >= before:
             warning = f"the run remembers {size} bytes, the limit is {self._max_bytes}"
             log.warning("%s", warning)
@@ -380,21 +388,11 @@ class Steps:
     async def _rested(self) -> None:
         """Return when no step runs: cut, it would be done once more."""
         while True:
-            await self._idle.wait()
+            if self._workers:
+                await self._idle.wait()
             # What was asked for together with this, or goes on where a step has ended, begins; and
             # what was raised beside it comes to the task's own code.
             for _ in range(TURNS):
                 await asyncio.sleep(0)
             if not self._workers:
                 return
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-
-
-def _state(work: Coroutine[Any, Any, Any]) -> str:
-    return inspect.getcoroutinestate(work)

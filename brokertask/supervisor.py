@@ -309,8 +309,9 @@ class Supervisor:
     async def _finish(self, child: Child) -> None:
         """Wait for the end of a child; the exit code tells if it ended badly when told to end."""
         code = await child.ended
-        # A child may be hit by the signal before it can listen for it; it held nothing then.
-        unaware = code in (-signal.SIGTERM, -signal.SIGQUIT) and child.ready_at is None
+        # The signal may hit a child before it can listen for it, or when it has drained and listens
+        # no more; it holds nothing then, and says so before its event loop ends.
+        unaware = code in (-signal.SIGTERM, -signal.SIGQUIT) and not child.busy
         if child in self._children and self.stopping and code and not unaware:
             log.warning("process %d (pid %d): %s", child.number, child.pid, child.cause())
             self._code = self._code or 1

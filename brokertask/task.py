@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import (
@@ -20,19 +20,18 @@ from typing import (
     overload,
 )
 
-import anyio
 from pydantic import TypeAdapter
 
 from brokertask import typed
+from brokertask.batch import Source, as_they_come
 from brokertask.client import Client
 from brokertask.context import Context
 from brokertask.durations import Duration, seconds
 from brokertask.errors import (
-    ConfigurationError,
     InvalidOption,
     InvalidPayload,
 )
-from brokertask.functions import call, is_async
+from brokertask.functions import InThread, call, in_loop, is_async, place_of
 from brokertask.retry import Retry
 from brokertask.run import Run
 from brokertask.schedule import Schedule
@@ -102,11 +101,13 @@ class Task(Generic[P, R]):
         self.id = check_task_id(id)
         self.options = options
         self.client = client
-        self.where = _where(function)
+        self.where = place_of(function)
         self.is_async = inspect.iscoroutinefunction(function)
         signature = Signature.of(function, self.where)
         self._payload_name = signature.payload_name
         self._context_name = signature.context_name
+        self.takes_context = signature.context_name is not None
+        self._in_loop = in_loop(function)
         self.payload_type: TypeAdapter[Any] = signature.payload
         self.result_type: TypeAdapter[Any] = signature.result
         self.schedule_plain = self._schedule_plain(takes_tick=signature.takes_tick)
@@ -175,6 +176,21 @@ class Task(Generic[P, R]):
             self.id, [self.dump(payload)], result=self.result_type, send=self._send(options)
         )
 
+    def trigger_stream(
+        self, payloads: Source[P], **options: Unpack[ChildOptions]
+    ) -> AsyncIterator[Run[R]]:
+        """Ask for a run for each payload while they come, and yield the runs in order.
+
+        For more than fits in memory. It fails as `trigger_many`; the runs it yielded were taken.
+        """
+        _check_names("trigger_stream", options, ChildOptions)
+        return self.client.trigger_stream(
+            self.id,
+            (self.dump(payload) async for payload in as_they_come(payloads)),
+            result=self.result_type,
+            **options,
+        )
+
     def map(self, payloads: Iterable[P], **options: Unpack[ChildOptions]) -> Map[R]:
         """Return a child run for each payload, for `ctx.wait_for`: as `call`, many at once.
 
@@ -227,7 +243,7 @@ class Task(Generic[P, R]):
     @property
     def checkpoints(self) -> bool:
         """Whether its runs may have steps that are saved one by one."""
-        return self._context_name is not None and self.options.checkpoint == "step"
+        return self.takes_context and self.options.checkpoint == "step"
 
     @property
     def queue(self) -> TaskQueue:
@@ -263,15 +279,17 @@ class Task(Generic[P, R]):
         return typed.load(self.payload_type, value)
 
     async def perform(
-        self, context: Context, payload: object, *, threads: anyio.CapacityLimiter | None = None
+        self, context: Context | None, payload: object, *, thread: InThread | None = None
     ) -> Any:
-        """Call the function with what its signature asks for."""
+        """Call the function with what its signature asks for; no Context, if it takes none."""
         arguments: dict[str, Any] = {}
         if self._payload_name is not None:
             arguments[self._payload_name] = payload
         if self._context_name is not None:
             arguments[self._context_name] = context
-        return await call(partial(self.function, **arguments), threads=threads)
+        if self._in_loop:
+            return await self.function(**arguments)
+        return await call(partial(self.function, **arguments), thread=thread)
 
 
 class TaskDecorator:
@@ -374,8 +392,7 @@ def _check_names(where: str, given: Any, allowed: type) -> None:
             raise InvalidOption(f"{where} has no option {name!r}; {hint}")
 
 
-def _where(function: Callable[..., Any]) -> str:
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    if code is None:
-        raise ConfigurationError(f"a task is a function, not {function!r}")
-    return f"{code.co_filename}:{code.co_firstlineno}"
+def _check_many(where: str, given: Any) -> None:
+    _check_names(where, given, TriggerOptions)
+    if given.pop("run_id", None) is not None:
+        raise InvalidOption(f"{where}: each run has an id of its own; leave out run_id")

@@ -9,11 +9,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
-import anyio
-
 from brokertask.clock import Clock
 from brokertask.durations import readable
-from brokertask.functions import call
+from brokertask.functions import InThread, call
 from brokertask.raised import name_of
 from brokertask.retry import Retry
 from brokertask.telemetry import AttemptSpan
@@ -69,12 +67,12 @@ class Tries:
         owner: object,
         *,
         span: AttemptSpan | None,
-        threads: anyio.CapacityLimiter | None,
+        thread: InThread | None,
         rest: Rest,
     ) -> None:
         self._owner = owner
         self._span = span
-        self._threads = threads
+        self._thread = thread
         self._rest = rest
 
     async def call(
@@ -102,7 +100,7 @@ class Tries:
         limit, before = asyncio.timeout(timeout), inside.set(self._owner)
         try:
             async with limit:
-                return await call(function, threads=self._threads)
+                return await call(function, thread=self._thread)
         except TimeoutError as error:
             if not limit.expired():
                 raise

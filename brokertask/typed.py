@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final, get_args
 
 from pydantic import TypeAdapter, ValidationError
@@ -44,7 +43,7 @@ def dump(kind: TypeAdapter[Any], value: object) -> object:
         InvalidPayload: A serializer of the type failed.
     """
     try:
-        return kind.dump_python(value, round_trip=True, warnings=False)
+        return kind.serializer.to_python(value, round_trip=True, warnings=False)
     except Exception as error:
         raise InvalidPayload(f"it cannot be serialized: {type(error).__name__}") from error
 
@@ -58,7 +57,10 @@ def load(kind: TypeAdapter[Any], value: object) -> Any:
     Raises:
         InvalidPayload: It does not match, or a validator of the type failed.
     """
-    return _answered(lambda: kind.validate_python(value, strict=False, by_alias=True, by_name=True))
+    try:
+        return kind.validator.validate_python(value, strict=False, by_alias=True, by_name=True)
+    except Exception as error:
+        raise _invalid(error) from _cause(error)
 
 
 def check(kind: TypeAdapter[Any], value: object) -> Any:
@@ -67,16 +69,21 @@ def check(kind: TypeAdapter[Any], value: object) -> Any:
     Raises:
         InvalidPayload: As `load`.
     """
-    return _answered(lambda: kind.validate_python(value))
-
-
-def _answered(validate: Callable[[], Any]) -> Any:
     try:
-        return validate()
-    except ValidationError as error:
-        raise InvalidPayload(explain(error)) from None
+        return kind.validator.validate_python(value)
     except Exception as error:
-        raise InvalidPayload(f"a validator failed: {type(error).__name__}") from error
+        raise _invalid(error) from _cause(error)
+
+
+def _invalid(error: Exception) -> InvalidPayload:
+    if isinstance(error, ValidationError):
+        return InvalidPayload(explain(error))
+    return InvalidPayload(f"a validator failed: {type(error).__name__}")
+
+
+def _cause(error: Exception) -> Exception | None:
+    """Return what may be shown of an error: a ValidationError says what the value was."""
+    return None if isinstance(error, ValidationError) else error
 
 
 def explain(error: ValidationError) -> str:

@@ -9,6 +9,7 @@ import json
 from collections import deque
 from dataclasses import fields, is_dataclass
 from datetime import datetime
+from types import NoneType
 from typing import Any, Final, cast
 
 import msgpack
@@ -25,6 +26,7 @@ MAX_TEXT: Final = 2_000
 LAST_INSTANT_MS: Final = 253_402_300_799_999
 """The end of the year 9999, where datetimes end; no number in a header may be larger."""
 
+_ALWAYS_READ: Final = (NoneType, bool, int, float, str, bytes)
 _MSGPACK_TYPES: Final = (MSGPACK, "application/x-msgpack", "application/vnd.msgpack")
 # Each level of nesting takes at least one of these bytes: fixmap, fixarray, array 16/32, map 16/32
 # in msgpack, and an opening bracket in JSON. Fewer of them than the limit can't be too deep.
@@ -54,6 +56,8 @@ def encode(value: object) -> bytes:
         InvalidPayload: Something in it has no form on the wire, or no reader would take it.
     """
     body = pack(value)
+    if isinstance(value, _ALWAYS_READ):
+        return body
     try:
         decode(body, MSGPACK)
     except EnvelopeError as error:

@@ -226,6 +226,7 @@ class Worker:
             names=self._settings.names,
             timeout=self._settings.publish_timeout,
             wanted=lambda: self._steering.standing.recording,
+            blind=lambda: not self._steering.caught_up,
         )
         self._resources.push_async_callback(reports.finish)
         self._resources.enter_context(RunLog(reports, worker=self.name).attached())
@@ -258,7 +259,7 @@ class Worker:
         }
         presence = Presence(
             worker=self.name,
-            state=state,
+            state="draining" if self._intake.drained and state == "working" else state,
             at_ms=self._clock.now_ms(),
             started_ms=self._started_ms,
             tasks=tasks,
@@ -300,6 +301,9 @@ class Worker:
             self._executor.call_off()
         elif entry.kind in ("pause", "resume"):
             self._intake.change(entry.subject)
+            self._called.set()
+        elif entry.kind == "drain" and entry.subject == self.name:
+            self._intake.drain()
             self._called.set()
         elif entry.kind == "recording":
             self._called.set()

@@ -262,7 +262,7 @@ async def _show(query: Query, *, payload: bool, as_json: bool) -> Exit:
         found = selection.letters
         seen = sum(look.seen for look in selection.looks)
     if not found:
-        wanted = console.printable(query.filters.run_ids[0])
+        wanted = console.printable(next(iter(query.filters.run_ids)))
         console.err.print(f"no dead run {wanted} among the {seen} of {', '.join(query.tasks)}")
         return Exit.FAILED
     payloads = [await letters.payload_of(one, claims) if payload else None for one in found]

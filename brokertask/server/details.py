@@ -21,6 +21,8 @@ from brokertask.values import clip
 
 MAX_LINE: Final = 4_000
 MAX_LEVEL: Final = 32
+LINE: Final = ("at_ms", "batch_ms", "number", "attempt", "worker")
+"""What says where a line is in a log."""
 
 
 async def record(connection: AsyncConnection, events: Sequence[Event]) -> None:
@@ -44,9 +46,22 @@ async def beginnings_of(
     return [dict(row._mapping) for row in reversed(found)]
 
 
-async def steps_of(connection: AsyncConnection, run_id: str) -> list[Mapping[str, Any]]:
-    """Return the finished steps of a run, in the order in which they have finished."""
-    rows = select(steps).where(steps.c.run_id == run_id).order_by(steps.c.redrives, steps.c.number)
+async def steps_of(
+    connection: AsyncConnection,
+    run_id: str,
+    *,
+    after: tuple[int, int] | None = None,
+    limit: int | None = None,
+) -> list[Mapping[str, Any]]:
+    """Return finished steps of a run, in the order in which they have finished.
+
+    Those behind the one with these keys, which are `redrives` and `number`.
+    """
+    keys = tuple_(steps.c.redrives, steps.c.number)
+    rows = select(steps).where(steps.c.run_id == run_id)
+    if after is not None:
+        rows = rows.where(keys > after)
+    rows = rows.order_by(steps.c.redrives, steps.c.number).limit(limit)
     return [dict(row._mapping) for row in await connection.execute(rows)]
 
 
@@ -54,18 +69,19 @@ async def log_of(
     connection: AsyncConnection,
     run_id: str,
     *,
-    after: tuple[int, int, int] | None = None,
+    after: tuple[int, int, int, int, str] | None = None,
     limit: int = 1_000,
 ) -> list[Mapping[str, Any]]:
     """Return lines of a run's log, the first first, behind the one with these keys.
 
-    The keys are `at_ms`, `batch_ms` and `number`.
+    The keys are those of `LINE`.
     """
-    keys = tuple_(log_lines.c.at_ms, log_lines.c.batch_ms, log_lines.c.number)
+    columns = [log_lines.c[name] for name in LINE]
+    keys = tuple_(*columns)
     rows = select(log_lines).where(log_lines.c.run_id == run_id)
     if after is not None:
         rows = rows.where(keys > after)
-    rows = rows.order_by(log_lines.c.at_ms, log_lines.c.batch_ms, log_lines.c.number)
+    rows = rows.order_by(*columns)
     return [dict(row._mapping) for row in await connection.execute(rows.limit(limit))]
 
 

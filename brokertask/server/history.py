@@ -14,7 +14,7 @@ from brokertask.server.store.schema import attempts, known_tasks, run_tags, runs
 
 MAX_COUNTED: Final = 10_000
 """Counting stops here: an exact number of many costs as much as reading them."""
-_RARE: Final = ("parent", "root", "trace_id", "worker")
+_RARE: Final = ("parent", "root", "trace_id", "worker", "fingerprint")
 """Columns with an index of their own, for which few runs are taken."""
 _HEAVY: Final = ("payload", "content_type", "place", "asked_place", "noted_ms", "done_ms")
 _LISTED: Final = [column for column in runs.c if column.name not in _HEAVY]
@@ -37,6 +37,12 @@ class RunFilter:
     root: str | None = None
     trace_id: str | None = None
     worker: str | None = None
+    fingerprint: str | None = None
+    """Of the latest error."""
+    run_ids: tuple[str, ...] = ()
+    """One of these."""
+    discarded: bool | None = None
+    """Whether a dead run was discarded from the dead letters."""
 
     def newest(self, *, before: tuple[int, str] | None, limit: int) -> Subquery:
         """Return the keys and the status of the latest triggered runs of it, for a query.
@@ -46,6 +52,7 @@ class RunFilter:
         """
         told = (runs.c.triggered_ms, runs.c.run_id, runs.c.status)
         rare = self.error is not None or any(getattr(self, name) is not None for name in _RARE)
+        rare = rare or bool(self.run_ids)
         if self.tags:
             times = run_tags.c.triggered_ms, run_tags.c.run_id
             whole = select(*told).join(run_tags, run_tags.c.run_id == runs.c.run_id)
@@ -81,6 +88,11 @@ class RunFilter:
         # The first tag is looked up; it says little of how many have another one, too.
         also = (f"{TAG}{tag}{TAG}" for tag in self.tags[1:])
         found += [runs.c.tags.contains(tag, autoescape=True) for tag in also]
+        if self.run_ids:
+            found.append(runs.c.run_id.in_(self.run_ids))
+        if self.discarded is not None:
+            gone = runs.c.discarded_ms
+            found.append(gone.is_not(None) if self.discarded else gone.is_(None))
         if self.error is not None:
             told = runs.c.error_type + ": " + runs.c.error_message
             found.append(runs.c.error_type.is_not(None))
@@ -89,8 +101,10 @@ class RunFilter:
 
 
 def _latest(
-    query: Select[Any], times: tuple[ColumnElement[int], ColumnElement[str]], limit: int
-) -> Select[Any]:
+    query: Select[*tuple[Any, ...]],
+    times: tuple[ColumnElement[int], ColumnElement[str]],
+    limit: int,
+) -> Select[*tuple[Any, ...]]:
     return query.order_by(times[0].desc(), times[1].desc()).limit(limit)
 
 

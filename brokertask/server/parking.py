@@ -32,7 +32,7 @@ from brokertask.server.store.schema import (
     waits,
 )
 from brokertask.server.store.upsert import put
-from brokertask.wait import WAIT, Condition, Got, Wait
+from brokertask.wait import WAIT, Condition, Got, Target, Wait
 
 log = logging.getLogger("brokertask.server")
 
@@ -122,6 +122,30 @@ async def park(
     return run_ids
 
 
+def _message(arrival: Arrival, now_ms: int) -> dict[str, Any]:
+    envelope = arrival.envelope
+    return {
+        "seq": envelope.seq,
+        "task": envelope.task,
+        "message": arrival.blob,
+        "state": PARKED,
+        "triggered_ms": envelope.triggered_ms or now_ms,
+        "since_ms": now_ms,
+        "wake_ms": envelope.due_ms,
+    }
+
+
+def _token(target: Target, run_id: str, now_ms: int) -> dict[str, Any]:
+    return {
+        "id": target.subject,
+        "run_id": run_id,
+        "name": target.name,
+        "state": WAITING,
+        "due_ms": target.due_ms,
+        "created_ms": now_ms,
+    }
+
+
 async def _write(
     connection: AsyncConnection,
     kept: Mapping[Ident, tuple[Arrival, dict[str, Wait]]],
@@ -131,17 +155,8 @@ async def _write(
 ) -> None:
     arrived, wanted, facts, named = [], [], [], []
     for ident, (arrival, pending_waits) in kept.items():
-        envelope = arrival.envelope
         run = {"run_id": ident[0], "redrives": ident[1]}
-        message = {
-            "seq": envelope.seq,
-            "task": envelope.task,
-            "message": arrival.blob,
-            "state": PARKED,
-            "triggered_ms": envelope.triggered_ms or now_ms,
-            "since_ms": now_ms,
-            "wake_ms": envelope.due_ms,
-        }
+        message = _message(arrival, now_ms)
         if ident in seqs:
             mine = (parked.c.run_id == ident[0], parked.c.redrives == ident[1])
             await connection.execute(update(parked).where(*mine).values(message))
@@ -157,14 +172,7 @@ async def _write(
                 where = {"kind": condition.kind, "subject": condition.subject}
                 facts.append({**run, "key": key, "number": number, **where})
             named += [
-                {
-                    "id": target.subject,
-                    "run_id": ident[0],
-                    "name": target.name,
-                    "state": WAITING,
-                    "due_ms": target.due_ms,
-                    "created_ms": now_ms,
-                }
+                _token(target, ident[0], now_ms)
                 for target in wait.targets
                 if target.kind == "token"
             ]

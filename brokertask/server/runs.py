@@ -19,6 +19,7 @@ from brokertask.events import ENDS, RETRYING, SLEEPING, WAITING, Event
 from brokertask.server.redactor import Kept
 from brokertask.server.store.schema import attempts, known_tasks, run_tags, runs
 from brokertask.server.store.upsert import Merged, merge, put
+from brokertask.telemetry import fingerprint
 from brokertask.values import LAST_INSTANT_MS, pack
 
 QUEUED: Final = "queued"
@@ -108,6 +109,7 @@ def event_fact(event: Event) -> Fact:
             "reason": event.reason,
             "error_type": error.type if error else None,
             "error_message": error.message if error else None,
+            "fingerprint": fingerprint(error) if error else None,
             "waits": pack(list(event.waits)) if event.waits else None,
             "due_ms": None if event.delay_ms is None else event.at_ms + event.delay_ms,
             "ended_ms": event.at_ms if ended else None,
@@ -206,7 +208,7 @@ def _attempt(event: Event, redrives: int) -> dict[str, Any]:
 
 _LATEST: Final = (
     *("status", "redrives", "attempt", "worker", "reason", "error_type", "error_message"),
-    *("waits", "due_ms", "ended_ms"),
+    *("fingerprint", "waits", "due_ms", "ended_ms"),
 )
 _ASKED_FOR: Final = (
     *("triggered_ms", "tags", "parent", "root", "trace_id", "app_id"),

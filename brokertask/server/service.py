@@ -14,6 +14,7 @@ from brokertask.errors import AccessDenied, BrokertaskError, ConfigurationError,
 from brokertask.server.admission import Admissions
 from brokertask.server.asks import Asks
 from brokertask.server.control import Control
+from brokertask.server.jobs import Jobs
 from brokertask.server.outbox import Outbox
 from brokertask.server.recorder import Recorder
 from brokertask.server.resources import Resources
@@ -125,6 +126,7 @@ class Server:
                 keep_runs=self._server_settings.keep_runs,
             ),
             "control": Control(resources, waits),
+            "jobs": Jobs(resources),
             "api": self.site,
         }
 

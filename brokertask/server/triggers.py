@@ -58,11 +58,7 @@ async def trigger(resources: Resources, wish: Wish) -> Triggered:
         InvalidOption: The id of the task or run, or the tags.
     """
     now_ms = resources.clock.now_ms()
-    envelope = _envelope(resources, wish, now_ms)
-    await _find_queue(resources, wish.task)
-    envelope = envelope.claimed(await resources.claims.put(envelope.payload))
-    trace = Telemetry(resources.names).trigger(wish.task, envelope.run_id)
-    envelope = replace(envelope, trace=trace)
+    envelope = await prepared(resources, wish)
     if wish.admission is not None:
         return await _admit(resources, envelope, wish.admission, now_ms)
     await publish(resources, envelope)
@@ -72,6 +68,18 @@ async def trigger(resources: Resources, wish: Wish) -> Triggered:
         async with resources.store.begin() as connection:
             await record(connection, [fact])
     return Triggered(envelope.run_id)
+
+
+async def prepared(resources: Resources, wish: Wish) -> Envelope:
+    """Return the message of a run that is to begin; what is too large for it is stored already.
+
+    Raises what `trigger` does, but for errors of publishing.
+    """
+    envelope = _envelope(resources, wish, resources.clock.now_ms())
+    await _find_queue(resources, wish.task)
+    envelope = envelope.claimed(await resources.claims.put(envelope.payload))
+    trace = Telemetry(resources.names).trigger(wish.task, envelope.run_id)
+    return replace(envelope, trace=trace)
 
 
 async def publish(resources: Resources, envelope: Envelope) -> None:

@@ -33,6 +33,7 @@ async def record(connection: AsyncConnection, heard: Sequence[Presence]) -> None
             "started_ms": one.started_ms,
             "seen_ms": one.at_ms,
             "tasks": pack(dict(one.tasks)),
+            "version": one.version,
         }
         for _, one in sorted(latest.items())
     ]
@@ -42,13 +43,13 @@ async def record(connection: AsyncConnection, heard: Sequence[Presence]) -> None
 async def listed(connection: AsyncConnection, *, now_ms: int) -> list[Mapping[str, Any]]:
     """Return the workers, the one that started last first.
 
-    `state` is `working`, `stopped`, or `silent` where nothing was heard for 90 s; `tasks` has, by
-    task, `slots`, `busy` and `paused`.
+    `state` is `working`, `draining`, `stopped`, or `silent` where nothing was heard for 90 s;
+    `tasks` has, by task, `slots`, `busy` and `paused`.
     """
     rows = await connection.execute(select(workers).order_by(workers.c.started_ms.desc()))
     found: list[Mapping[str, Any]] = []
     for row in rows:
-        silent = row.state == "working" and row.seen_ms < now_ms - SILENT_MS
+        silent = row.state != "stopped" and row.seen_ms < now_ms - SILENT_MS
         told = {"state": "silent" if silent else row.state, "tasks": decode(row.tasks, MSGPACK)}
         found.append({**row._mapping, **told})
     return found

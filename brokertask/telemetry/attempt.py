@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from contextvars import Token
 from time import perf_counter
+from types import TracebackType
 from typing import Final
 
+from opentelemetry import context as contexts
+from opentelemetry.context import Context
 from opentelemetry.trace import Tracer
 
 from brokertask.envelope import Envelope
@@ -36,11 +40,9 @@ MAX_REMEMBERED: Final = 100
 
 
 class AttemptSpan:
-    """One attempt under way.
+    """One attempt under way; its span is current inside its `with` block, and ends with it.
 
     Attributes:
-        traceparent: Of this attempt's span, for the link from the next one; None if nothing
-            is recorded.
         trace: The trace headers of the messages that continue the run: those it came with, unless
             a new trace began with this attempt.
         origin: The traceparent of the trigger that the run began with, where `trace` holds that of
@@ -50,15 +52,17 @@ class AttemptSpan:
     __slots__ = (
         "_ended",
         "_envelope",
+        "_inside",
         "_metrics",
         "_queue",
+        "_recorded",
         "_remembered",
         "_span",
         "_started",
+        "_token",
         "_tracer",
         "origin",
         "trace",
-        "traceparent",
     )
 
     def __init__(
@@ -81,9 +85,31 @@ class AttemptSpan:
         self._ended = False
         self.trace: Mapping[str, str] = began.trace
         self.origin: str | None = began.origin
-        self.traceparent: str | None = (
-            propagation.traceparent(span.get_span_context()) if span.is_recording() else None
-        )
+        self._inside = began.inside
+        self._recorded = span.is_recording()
+        self._token: Token[Context] | None = None
+
+    def __enter__(self) -> AttemptSpan:
+        self._token = contexts.attach(self._inside)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and not self._ended:
+            mark_raised(self._span, error)
+        if self._token is not None:
+            contexts.detach(self._token)
+        self._span.end()
+
+    @property
+    def traceparent(self) -> str | None:
+        """Of this attempt's span, for the link from the next one; None if nothing is recorded."""
+        made = self._span.get_span_context()
+        return propagation.traceparent(made) if self._recorded else None
 
     @property
     def trace_id(self) -> str | None:
@@ -135,11 +161,6 @@ class AttemptSpan:
             self._metrics.died(task, self._queue, outcome.reason)
         if self._span.is_recording():
             self._describe(outcome, word, status)
-
-    def broken(self, problem: BaseException) -> None:
-        """Mark the span when its block is left by an exception before an outcome was known."""
-        if not self._ended:
-            mark_raised(self._span, problem)
 
     def _describe(self, outcome: Outcome, word: str, status: str | None) -> None:
         span = self._span

@@ -98,7 +98,7 @@ def _no_meter_provider() -> bool:
 
 def _start_traces(service_name: str) -> Stop:
     try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from brokertask.telemetry.exporter import LeanExporter
     except ImportError as error:
         raise _not_installed() from error
     from opentelemetry.sdk.trace import TracerProvider
@@ -106,7 +106,7 @@ def _start_traces(service_name: str) -> Stop:
 
     # Its own hook at exit would wait for a dead collector for half a minute.
     provider = TracerProvider(resource=_resource(service_name), shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    provider.add_span_processor(BatchSpanProcessor(LeanExporter()))
     trace.set_tracer_provider(provider)
     return provider.shutdown
 

@@ -76,12 +76,13 @@ class Telemetry:
     def _tracer(self) -> Tracer | None:
         """Return the tracer, or None as long as nobody has set a provider."""
         if self._known_tracer is None:
-            provider = self._tracer_provider or traces.get_tracer_provider()
-            if isinstance(provider, traces.ProxyTracerProvider):
+            # Before a provider is set the API gives a stand-in that follows it. To ask that is
+            # ten times as quick as to ask for the provider, which looks into the environment.
+            provider = self._tracer_provider = self._tracer_provider or traces.get_tracer_provider()
+            tracer = provider.get_tracer("brokertask", installed_version(), keys.SCHEMA_URL)
+            if isinstance(tracer, traces.ProxyTracer):
                 return None
-            self._known_tracer = provider.get_tracer(
-                "brokertask", installed_version(), keys.SCHEMA_URL
-            )
+            self._known_tracer = _lean(tracer)
         return self._known_tracer
 
     def trigger(
@@ -160,7 +161,6 @@ class Telemetry:
             if token is not None:
                 contexts.detach(token)
 
-    @contextmanager
     def attempt(
         self,
         envelope: Envelope,
@@ -170,8 +170,8 @@ class Telemetry:
         queue: str,
         worker: str,
         now_ms: int,
-    ) -> Iterator[AttemptSpan]:
-        """Record the `process <task>` span of one attempt; it is current inside.
+    ) -> AttemptSpan:
+        """Return the recording of one attempt: its `process <task>` span is current inside.
 
         Before it, the wait that led to it is recorded, if it was a second or more, and the
         attempts that were lost. A wait of over five minutes begins a new trace instead.
@@ -195,16 +195,7 @@ class Telemetry:
             values[keys.QUEUE_WAIT] = waited_ms
             values[keys.WORKER] = worker
             began = begin(tracer, envelope, values, lost=lost, now_ms=now_ms)
-        token = contexts.attach(began.inside)
-        made = AttemptSpan(self._metrics, tracer, began=began, envelope=envelope, queue=queue)
-        try:
-            yield made
-        except BaseException as problem:
-            made.broken(problem)
-            raise
-        finally:
-            contexts.detach(token)
-            began.span.end()
+        return AttemptSpan(self._metrics, tracer, began=began, envelope=envelope, queue=queue)
 
     def triggered(self, task: str, count: int = 1) -> None:
         """Count runs asked for and confirmed."""
@@ -291,6 +282,15 @@ class Telemetry:
         if envelope.redrives:
             values[keys.REDRIVES] = envelope.redrives
         return values
+
+
+def _lean(tracer: Tracer) -> Tracer:
+    if "opentelemetry.sdk.trace" not in sys.modules:
+        return tracer
+    # Who has no SDK does not import it.
+    from brokertask.telemetry.tracer import lean
+
+    return lean(tracer)
 
 
 def _destination(route: Route) -> str:

@@ -13,6 +13,7 @@ import pytest
 
 from brokertask.envelope import Message
 from brokertask.errors import Unroutable
+from brokertask.settings import DataPlane
 from brokertask.topology import (
     Binding,
     Names,
@@ -175,20 +176,20 @@ async def _behind_a_socket(stack: AsyncExitStack, path: Path) -> Broker:
     return Broker(lambda: SocketTransport(path), cut)
 
 
-def _rabbitmq(node: Node, url: str) -> Broker:
+def _rabbitmq(node: Node, url: str, data_plane: DataPlane) -> Broker:
     async def cut() -> None:
         await asyncio.to_thread(node.close_connections)
 
-    return Broker(lambda: RabbitTransport(url), cut)
+    return Broker(lambda: RabbitTransport(url, data_plane=data_plane), cut)
 
 
-@pytest.fixture(params=["memory", "socket", "rabbitmq"])
+@pytest.fixture(params=["memory", "socket", "rabbitmq", "rabbitmq by aio-pika"])
 async def broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Broker]:
     """An empty broker of each kind."""
     async with AsyncExitStack() as stack:
-        if request.param == "rabbitmq":
+        if request.param.startswith("rabbitmq"):
             node, url = (request.getfixturevalue(name) for name in ("rabbitmq_node", "amqp_url"))
-            yield _rabbitmq(node, url)
+            yield _rabbitmq(node, url, "direct" if request.param == "rabbitmq" else "aio-pika")
         elif request.param == "socket":
             yield await _behind_a_socket(stack, tmp_path / "broker" / "dev.sock")
         else:

@@ -37,6 +37,15 @@ async def frail(frail_node: Node, tmp_path: Path) -> AsyncIterator[Stage]:
     frail_node.delete_vhost(vhost)
 
 
+@pytest.fixture(params=["direct", "aio-pika"])
+def each_data_plane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have all that connects in this test do so on one data plane, then on the other.
+
+    Every other test of faults runs on that of the environment: BROKERTASK_DATA_PLANE.
+    """
+    monkeypatch.setenv("BROKERTASK_DATA_PLANE", request.param)
+
+
 @pytest.fixture
 async def proxy(stage: Stage) -> AsyncIterator[Proxy]:
     """A proxy in front of the stage's broker."""

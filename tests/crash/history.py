@@ -16,13 +16,14 @@ import time
 import uuid
 from asyncio.subprocess import DEVNULL, Process
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from brokertask import App, Context, Retry, Settings
 from brokertask.errors import StoreUnavailable
@@ -64,7 +65,9 @@ class Outcome:
     behind: float = 0.0
     """Seconds from there until history was complete."""
     worst_lag: float = 0.0
-    """Of the oldest event of ten seconds when it was written, as servers said."""
+    """Seconds between an event and its row, at worst, as servers said."""
+    most_behind: int = 0
+    """Runs that had ended and were not yet recorded as ended, at worst."""
 
     def table(self) -> str:
         """Return it for people."""
@@ -74,7 +77,7 @@ class Outcome:
             "servers killed": str(self.kills),
             "database stopped": f"{self.stops} times",
             "history complete": f"{self.behind:.1f} s after the last run",
-            "lag, at worst": f"{self.worst_lag:.1f} s",
+            "lag, at worst": f"{self.worst_lag:.1f} s, {self.most_behind} runs",
             "wrong": f"{len(self.wrong)} {self.wrong[:5]}",
         }
         return "\n".join(f"{name:20}{value}" for name, value in lines.items())
@@ -205,13 +208,16 @@ class Play:
             payload = None if row is None else row["payload"]
 
     async def _watch(self) -> None:
-        """Keep the worst of what servers say of their lag."""
+        """Keep the worst of how far behind history is, by what servers say and by what is there."""
+        outcome = self.outcome
         while True:
             await asyncio.sleep(2)
             with suppress(StoreUnavailable):
                 async with self.store.read() as connection:
                     lag_ms = await connection.scalar(select(func.max(servers.c.lag_ms)))
-                self.outcome.worst_lag = max(self.outcome.worst_lag, (lag_ms or 0) / 1000)
+                    behind = self.work.ended - await self._ended(connection)
+                outcome.worst_lag = max(outcome.worst_lag, (lag_ms or 0) / 1000)
+                outcome.most_behind = max(outcome.most_behind, behind)
 
     async def _harm(self) -> None:
         options = self.outcome.options
@@ -235,15 +241,21 @@ class Play:
         seen, when = -1, time.monotonic()
         while time.monotonic() - when < PATIENCE:
             async with self.store.read() as connection:
-                ended = select(func.count()).where(runs.c.ended_ms.is_not(None))
-                found = await connection.scalar(ended) or 0
-            if found == self.outcome.options.runs + len(self.work.probes):
+                found = await self._ended(connection)
+            if found == self.outcome.options.runs:
                 return
             if found != seen:
                 seen, when = found, time.monotonic()
             await asyncio.sleep(0.2)
 
-    async def _problems(self) -> Any:
+    async def _ended(self, connection: AsyncConnection) -> int:
+        """Return how many runs have ended in history; probes may have ended before it began."""
+        ended = select(func.count()).where(
+            runs.c.ended_ms.is_not(None), runs.c.run_id.not_in(self.work.probes)
+        )
+        return await connection.scalar(ended) or 0
+
+    async def _problems(self) -> AsyncIterator[str]:
         """Yield whatever history says that the worker did not do, and the other way round."""
         async with self.store.read() as connection:
             tried: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
@@ -258,11 +270,13 @@ class Play:
                     yield f"{row.run_id}: {problem}"
             for run_id in self.work.numbers.keys() - known.keys():
                 yield f"{run_id} is missing"
-            every = self.outcome.options.runs + len(self.work.probes)
-            for table, expected in ((endings, every), (outbox, 0)):
-                count = await connection.scalar(select(func.count()).select_from(table))
-                if count != expected:
-                    yield f"{count} rows in {table.name}"
+            own = endings.c.run_id.not_in(self.work.probes)
+            for count, expected in (
+                (select(func.count()).select_from(endings).where(own), self.outcome.options.runs),
+                (select(func.count()).select_from(outbox), 0),
+            ):
+                if (found := await connection.scalar(count)) != expected:
+                    yield f"{found} instead of {expected}: {count}"
 
     def _differences(self, row: Mapping[str, Any], tried: list[Mapping[str, Any]]) -> Iterator[str]:
         number = self.work.numbers.get(row["run_id"])

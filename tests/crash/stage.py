@@ -170,6 +170,11 @@ def private_node(folder: Path) -> Node:
     return node.start()
 
 
+def transport_to(url: str) -> RabbitTransport:
+    """Return a transport on the data plane of the environment."""
+    return RabbitTransport(url, data_plane=Settings().data_plane)
+
+
 def kill(pid: int) -> None:
     """SIGKILL a process of ours; it may be gone already."""
     with suppress(ProcessLookupError):
@@ -193,7 +198,7 @@ class Stage:
         self._resources = AsyncExitStack()
 
     async def __aenter__(self) -> Stage:
-        self.transport = RabbitTransport(self.url)
+        self.transport = transport_to(self.url)
         self._resources.push_async_callback(self.transport.close)
         await self.transport.open(timeout=SECONDS)
         await self.transport.declare(subject.app.topology())

@@ -14,6 +14,7 @@ from tests.crash.stage import Gate, Stage, eventually
 pytestmark = pytest.mark.anyio
 
 
+@pytest.mark.usefixtures("each_data_plane")
 async def test_a_broker_killed_under_load_loses_nothing(frail: Stage, frail_node: Node) -> None:
     worker = await frail.worker(processes=2)
     kinds = [("quick", 1), ("slow", 0.05), ("flaky", 1), ("flaky", 2), ("failing", None)]
@@ -37,6 +38,7 @@ async def test_a_broker_killed_under_load_loses_nothing(frail: Stage, frail_node
     assert {letter.reason for letter in await frail.dead("failing")} <= {"max_attempts", "crashed"}
 
 
+@pytest.mark.usefixtures("each_data_plane")
 async def test_connections_closed_by_the_broker_take_no_run(
     frail: Stage, frail_node: Node, gate: Gate
 ) -> None:
@@ -55,6 +57,7 @@ async def test_connections_closed_by_the_broker_take_no_run(
         assert [entry.attempt for entry in frail.journal.of(run.run_id, "started")] == [1]
 
 
+@pytest.mark.usefixtures("each_data_plane")
 async def test_in_an_alarm_publishers_are_told_and_workers_go_on(
     frail: Stage, frail_node: Node, gate: Gate
 ) -> None:
@@ -112,6 +115,7 @@ async def test_a_retry_that_cannot_be_published_is_not_lost_with_its_worker(
     await frail.check()
 
 
+@pytest.mark.usefixtures("each_data_plane")
 async def test_a_run_longer_than_the_consumer_timeout_runs_once(
     frail: Stage, frail_node: Node, gate: Gate
 ) -> None:

@@ -11,10 +11,9 @@ import pytest
 
 from brokertask.envelope import Message
 from brokertask.errors import QueueFull, Unroutable
-from brokertask.transport.rabbitmq import RabbitTransport
 from brokertask.values import pack
 from tests.crash.proxy import Proxy
-from tests.crash.stage import SECONDS, Gate, Stage
+from tests.crash.stage import SECONDS, Gate, Stage, transport_to
 
 pytestmark = pytest.mark.anyio
 MSGPACK = "application/msgpack"
@@ -157,7 +156,7 @@ async def test_properties_that_are_no_text_or_time_do_not_cost_the_connection(
     )
     async with Proxy(stage.url) as proxy:
         proxy.tap = lambda passage, way, data: data.replace(marker, replacement)
-        publisher = RabbitTransport(proxy.url)
+        publisher = transport_to(proxy.url)
         await publisher.open(timeout=SECONDS)
         await publisher.publish(stage.names.trigger_route("quick"), message, timeout=SECONDS)
         await publisher.close()

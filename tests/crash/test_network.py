@@ -14,11 +14,13 @@ from brokertask.transport.base import Delivery
 from brokertask.transport.rabbitmq import RabbitTransport
 from infra.rabbitmq.node import Node
 from tests.crash.proxy import BOTH, Passage, Proxy, Way
-from tests.crash.stage import SECONDS, Gate, Stage, eventually
+from tests.crash.stage import SECONDS, Gate, Stage, eventually, transport_to
 
 pytestmark = pytest.mark.anyio
+HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 
 
+@pytest.mark.usefixtures("each_data_plane")
 @pytest.mark.parametrize("way", Way, ids=["up", "down"])
 async def test_a_half_open_connection_is_noticed_and_its_run_adopted(
     stage: Stage, proxy: Proxy, gate: Gate, way: Way
@@ -51,6 +53,7 @@ async def test_what_ends_while_the_connection_is_half_open_is_not_run_again(
     assert len(stage.journal.of(run.run_id, "started")) == 1
 
 
+@pytest.mark.usefixtures("each_data_plane")
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
 async def test_a_lost_connection_takes_the_lease_but_not_the_run(
     stage: Stage, proxy: Proxy, gate: Gate, reset: bool
@@ -69,6 +72,7 @@ async def test_a_lost_connection_takes_the_lease_but_not_the_run(
         assert len(stage.journal.of(run.run_id, "started")) == 1
 
 
+@pytest.mark.usefixtures("each_data_plane")
 async def test_connections_cut_in_the_middle_of_a_frame_lose_nothing(
     stage: Stage, proxy: Proxy
 ) -> None:
@@ -92,7 +96,7 @@ async def test_a_handshake_cut_anywhere_is_tried_again(stage: Stage) -> None:
     async def connect(way: Way, count: int) -> None:
         async with Proxy(stage.url) as proxy:
             proxy.cut_next_after = {way: count}
-            transport = RabbitTransport(proxy.url)
+            transport = transport_to(proxy.url)
             await transport.open(timeout=SECONDS)
             assert proxy.accepted == 2
             await transport.close()
@@ -114,7 +118,7 @@ async def test_a_broker_that_talks_nonsense_is_tried_again(stage: Stage) -> None
 
         async with Proxy(stage.url) as proxy:
             proxy.tap = garble
-            transport = RabbitTransport(proxy.url)
+            transport = transport_to(proxy.url)
             await transport.open(timeout=SECONDS)
             assert proxy.accepted == 2
             await transport.close()
@@ -130,6 +134,71 @@ async def test_a_broker_that_talks_nonsense_is_tried_again(stage: Stage) -> None
     )
 
 
+GARBAGE = {
+    "noise": b"\xff" * 40,
+    "a frame that never ends": b"\x03\x00\x01\xff\xff\xff\xff",
+    "a confirm that is cut short": b"\x01\x00\x01\x00\x00\x00\x04\x00\x3c\x00\x50\xce",
+    "content of nothing": b"\x02\x00\x01\x00\x00\x00\x02\xff\xff\xce",
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+async def test_a_broker_that_talks_nonsense_while_work_goes_on_loses_nothing(
+    stage: Stage, proxy: Proxy, name: str
+) -> None:
+    """Each connection of a worker is spoilt once in the middle of its work, and made again."""
+    worker = await stage.worker(url=proxy.url)
+    await eventually(lambda: proxy.passages == 2, "both connections of the worker")
+    spoilt = set[Passage]()
+
+    def spoil(passage: Passage, way: Way, data: bytes) -> bytes:
+        # After the end of a frame a new one begins.
+        spoilable = way is Way.DOWN and data.endswith(b"\xce") and passage not in spoilt
+        if not spoilable or len(spoilt) == 2:
+            return data
+        spoilt.add(passage)
+        return data + GARBAGE[name]
+
+    proxy.tap = spoil
+    for number in range(40):
+        await stage.trigger("flaky", number % 2)
+    await worker.said("consumer of bt.q.flaky ended")
+    await worker.said("consumer of bt.q.flaky resumed")
+    assert len(spoilt) == 2
+    await stage.check()
+
+
+async def test_a_connection_on_which_only_messages_come_is_not_taken_for_dead(
+    stage: Stage, proxy: Proxy
+) -> None:
+    """A broker that has something to send beats no heart, and aiormq sees no messages."""
+    beat = 2
+    transport = RabbitTransport(proxy.url, heartbeat=beat)
+    await transport.open(timeout=SECONDS)
+    lost: list[Delivery] = []
+    settling = set[asyncio.Task[None]]()
+
+    def receive(delivery: Delivery) -> None:
+        if delivery.redelivered:
+            lost.append(delivery)
+        settling.add(asyncio.ensure_future(delivery.ack()))
+
+    def deaf(passage: Passage, way: Way, data: bytes) -> bytes:
+        return data if way is Way.UP else data.replace(HEARTBEAT, b"")
+
+    await transport.consume(stage.names.queue("quick"), receive, prefetch=10)
+    proxy.tap = deaf
+    until = time.monotonic() + 3 * (beat + 1) + 3
+    while time.monotonic() < until:
+        await transport.publish(
+            stage.names.trigger_route("quick"), Message(body=b"\x01"), timeout=SECONDS
+        )
+    assert (proxy.accepted, lost) == (2, [])
+    await asyncio.gather(*settling)
+    await transport.close()
+
+
+@pytest.mark.usefixtures("each_data_plane")
 async def test_a_trigger_without_an_answer_is_unknown_and_safe_to_repeat(
     stage: Stage, proxy: Proxy, gate: Gate
 ) -> None:
@@ -179,7 +248,7 @@ async def test_a_caller_that_was_cut_off_still_gets_its_result(
 async def test_closing_a_half_open_connection_takes_bounded_time(
     stage: Stage, proxy: Proxy
 ) -> None:
-    transport = RabbitTransport(proxy.url)
+    transport = transport_to(proxy.url)
     await transport.open(timeout=SECONDS)
     received: list[Delivery] = []
     await transport.consume(stage.names.queue("quick"), received.append, prefetch=10)
@@ -208,11 +277,12 @@ async def test_told_to_stop_on_a_half_open_connection_a_worker_stops(
     await stage.check()
 
 
+@pytest.mark.usefixtures("each_data_plane")
 async def test_publishing_through_a_dead_connection_ends_in_our_own_errors(
     stage: Stage, proxy: Proxy
 ) -> None:
     """No CancelledError of a foreign library may pass for a cancellation of ours."""
-    transport = RabbitTransport(proxy.url)
+    transport = transport_to(proxy.url)
     await transport.open(timeout=SECONDS)
     route = stage.names.trigger_route("quick")
 
@@ -234,11 +304,12 @@ async def test_publishing_through_a_dead_connection_ends_in_our_own_errors(
     await transport.close()
 
 
+@pytest.mark.usefixtures("each_data_plane")
 async def test_acks_do_not_wait_for_ever_on_a_dying_connection(stage: Stage, proxy: Proxy) -> None:
     """An ack that hangs keeps its run from being settled when the message comes again."""
     for number in range(100):
         await stage.app.client.trigger("quick", number)
-    transport = RabbitTransport(proxy.url)
+    transport = transport_to(proxy.url)
     await transport.open(timeout=SECONDS)
     received: list[Delivery] = []
     await transport.consume(stage.names.queue("quick"), received.append, prefetch=100)
@@ -250,6 +321,7 @@ async def test_acks_do_not_wait_for_ever_on_a_dying_connection(stage: Stage, pro
     await transport.close()
 
 
+@pytest.mark.usefixtures("each_data_plane")
 async def test_a_publisher_does_not_wait_for_a_blocked_connection_that_is_gone(
     frail: Stage, frail_node: Node
 ) -> None:

@@ -25,7 +25,7 @@ from tests.flow.command import SECONDS, Command, brokertask, until_gone
 pytestmark = pytest.mark.anyio
 
 TASKS = """
-import asyncio, logging, os, signal, time
+import asyncio, gc, logging, os, signal, time
 from brokertask import App, Context, Retry
 
 app = App("subject")
@@ -56,6 +56,11 @@ def stubborn(seconds: float) -> None:
 @app.task
 async def block(seconds: float) -> None:
     time.sleep(seconds)
+
+
+@app.task
+async def unsearched() -> int:
+    return gc.get_freeze_count()
 
 
 @app.task
@@ -111,6 +116,13 @@ async def test_it_says_what_it_runs_and_stays_small(place: Place) -> None:
         assert "guest:***@" in worker.output
         assert ":guest@" not in worker.output
         assert await worker.stop() == 0
+
+
+async def test_what_a_worker_begins_with_is_not_searched_for_garbage(place: Place) -> None:
+    async with place.worker() as worker, client(place.url) as app:
+        await worker.ready()
+        run = await trigger(app, "unsearched", None)
+        assert await run.result(timeout=SECONDS) > 10_000
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])

@@ -192,7 +192,7 @@ async def test_lines_from_threads_are_told_in_order(own_app: App, tmp_path: Path
         await until_asked(all_lines)
         async with resources.store.begin() as connection:
             first = await details.log_of(connection, run.run_id, limit=100)
-            keys = tuple(first[-1][name] for name in ("at_ms", "batch_ms", "number"))
+            keys = tuple(first[-1][name] for name in details.LINE)
             rest = await details.log_of(connection, run.run_id, after=keys)
             assert len(rest) == 200
             await details.forget(connection, [run.run_id])

@@ -25,11 +25,16 @@ from brokertask import (
     RunFailed,
     Settings,
 )
+from brokertask.control import Entry
+from brokertask.envelope import Message
 from brokertask.testing import DrainTimeout, Harness
+from brokertask.topology import Route, topology
 from brokertask.transport.base import Delivery
 from brokertask.transport.memory import MemoryTransport
 
 pytestmark = pytest.mark.anyio
+
+SECONDS = 10.0
 
 
 class Order(BaseModel):
@@ -233,6 +238,89 @@ async def test_retry_after_chooses_the_delay(app: App) -> None:
         await harness.drain()
         assert harness[run].delays == [90]
         assert harness[run].status == "completed"
+
+
+async def test_a_message_that_comes_back_before_its_confirm_is_not_taken_for_a_double(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short hop of a delay may be over before the broker has confirmed that it has begun."""
+    came = asyncio.Event()
+    deliveries = 0
+    consume, publish = MemoryTransport.consume, MemoryTransport.publish
+
+    async def counted(self: MemoryTransport, queue: str, receive: Any, **options: Any) -> Any:
+        def count(delivery: Delivery) -> None:
+            nonlocal deliveries
+            deliveries += 1
+            receive(delivery)
+            if deliveries == 2:
+                came.set()
+
+        return await consume(self, queue, count, **options)
+
+    async def confirmed_late(
+        self: MemoryTransport, route: Route, *rest: Any, **options: Any
+    ) -> None:
+        await publish(self, route, *rest, **options)
+        if route.exchange == app.settings.names.delay and deliveries == 1:
+            await came.wait()
+
+    monkeypatch.setattr(MemoryTransport, "consume", counted)
+    monkeypatch.setattr(MemoryTransport, "publish", confirmed_late)
+
+    @app.task
+    async def late() -> str:
+        return "done"
+
+    async with app, app.worker():
+        # A hop of 600 ms, and one for what is left.
+        run = await late.trigger(delay=0.65)
+        assert await run.result(timeout=10) == "done"
+        assert deliveries >= 2
+
+
+@pytest.mark.parametrize("relied_on", ["by nobody", "by its caller", "by servers"])
+async def test_a_run_waits_for_the_confirm_of_its_event_if_somebody_relies_on_it(
+    relied_on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = App("flow", settings=Settings(amqp_url="memory:", results=relied_on == "by its caller"))
+    confirmed, begun, published = asyncio.Event(), asyncio.Semaphore(0), asyncio.Semaphore(0)
+    publish = MemoryTransport.publish
+
+    async def confirmed_late(
+        self: MemoryTransport, route: Route, message: Message, **options: Any
+    ) -> None:
+        await publish(self, route, message, **options)
+        if route.exchange == app.settings.names.events and message.type == "completed":
+            published.release()
+            await confirmed.wait()
+
+    monkeypatch.setattr(MemoryTransport, "publish", confirmed_late)
+
+    @app.task(concurrency=1)
+    async def short() -> None:
+        begun.release()
+
+    async with app:
+        if relied_on == "by servers":
+            transport = app.connect()
+            await transport.open(timeout=SECONDS)
+            await transport.declare(topology(app.settings.names))
+            entry = Entry(kind="recording", subject="server", at_ms=1)
+            route = app.settings.names.control_route()
+            await transport.publish(route, entry.message(), timeout=SECONDS)
+            await transport.close()
+        async with app.worker():
+            runs = await short.trigger_many([None, None])
+            await asyncio.wait_for(published.acquire(), SECONDS)
+            if relied_on == "by nobody":
+                for _ in runs:
+                    await asyncio.wait_for(begun.acquire(), SECONDS)
+            else:
+                await begun.acquire()
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(begun.acquire(), 0.3)
+            confirmed.set()
 
 
 async def test_a_delay_of_any_length_is_met_and_never_early(app: App) -> None:

@@ -82,4 +82,4 @@ async def test_it_is_paused_and_resumed_and_run_now(desk: Desk) -> None:
 
 async def test_what_is_not_there_is_an_error(desk: Desk) -> None:
     for words in (("show", "daily"), ("pause", "da/ily"), ("run-now", "daily"), ("next", "daily")):
-        assert "no such schedule" in (await desk.say(*words, code=1)).stderr
+        assert "no such schedule" in (await desk.say(*words, code=6)).stderr

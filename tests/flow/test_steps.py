@@ -798,10 +798,10 @@ async def test_code_that_ignores_its_cancellation_goes_on_later(app: App, did: J
 
 
 async def test_each_part_between_sleeps_has_the_tasks_timeout(app: App, did: Journal) -> None:
-    @app.task(timeout=0.3, retry=Retry(max_attempts=2, min_delay=0))
+    @app.task(timeout=1.5, retry=Retry(max_attempts=2, min_delay=0))
     async def work(ctx: Context) -> None:
         for number in range(4):
-            await ctx.step(f"part {number}", asyncio.sleep, 0.1)
+            await ctx.step(f"part {number}", asyncio.sleep, 0.5)
             await ctx.sleep("1h")
             did.append(str(ctx.deadline))
 

@@ -34,6 +34,8 @@ def stop(*_):
     sys.exit(0)
 for sign in (signal.SIGTERM, signal.SIGQUIT):
     signal.signal(sign, signal.SIG_IGN if orders.get("deaf") else stop)
+if orders.get("mortal"):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 if orders.get("marks"):
     with open(orders["marks"], "a") as marks:
         marks.write(f"{os.getpid()}\\n")
@@ -50,7 +52,7 @@ if orders.get("silent"):
 if orders.get("then_code"):
     sys.exit(orders["then_code"])
 while True:
-    tell("ready", busy=1)
+    tell("ready", busy=orders.get("busy", 1))
     time.sleep(0.1)
 """
 
@@ -190,6 +192,16 @@ async def test_a_second_signal_kills_those_that_do_not_listen(
         await watched.until(lambda: watched.supervisor.ready)
         watched.supervisor.interrupt()
         assert await watched.stop() == 1
+
+
+@pytest.mark.parametrize(("busy", "code"), [(0, 0), (1, 1)])
+async def test_a_child_that_a_signal_ends_has_failed_only_if_it_held_something(
+    busy: int, code: int
+) -> None:
+    """As it has drained, it listens no more."""
+    async with supervised(mortal=True, busy=busy) as watched:
+        await watched.until(lambda: watched.supervisor.busy == busy and watched.supervisor.ready)
+        assert await watched.stop() == code
 
 
 async def test_a_drain_that_takes_too_long_ends_in_a_kill(

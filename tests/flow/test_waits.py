@@ -184,6 +184,7 @@ async def test_a_failed_call_raises_and_no_retry_helps(app: App, server: Serving
 async def test_who_catches_a_failed_child_goes_on_and_remembers(app: App, server: Serving) -> None:
     @app.task
     async def parent(ctx: Context) -> str:
+        said = None
         try:
             await ctx.wait_for(app.tasks["double"].call(13))
         except ChildFailed as error:

@@ -30,7 +30,7 @@ MODULES: Final = sorted(
 REFERENCE: Final = ROOT / "docs/reference"
 LONGEST_MODULE: Final = 400
 LONGEST_FUNCTION: Final = 40
-MOST_OF_AN_IMPORT: Final = 2.0
+MOST_OF_AN_IMPORT: Final = 2.5
 ERRORS: Final = sorted(
     (
         value
@@ -92,8 +92,7 @@ def test_the_rules_would_notice(tmp_path: Path) -> None:
 def test_an_import_is_quick() -> None:
     """Measured against what it stands on, in turns: machines differ, and so do their moments."""
     pairs = [
-        (_import_cpu("brokertask"), _import_cpu("aio_pika, pydantic.main, pydantic_settings"))
-        for _ in range(5)
+        (_import_cpu("brokertask"), _import_cpu("aio_pika, anyio, pydantic.main")) for _ in range(5)
     ]
     ours, theirs = (statistics.median(times) * 1000 for times in zip(*pairs, strict=True))
     print(f"import brokertask: {ours:.0f} ms of CPU; its libraries: {theirs:.0f} ms")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, assert_type
 
 from pydantic import BaseModel
@@ -142,6 +143,8 @@ async def triggered(client: Client) -> None:
     assert_type(await nothing.trigger(run_id="mine"), Run[int])
     assert_type(await (await both.trigger(Document(path="a"))).result(), None)
     assert_type(await payload_only.trigger_many([Document(path="a")]), list[Run[Report]])
+    async for streamed in payload_only.trigger_stream([Document(path="a")], tags=["x"]):
+        assert_type(streamed, Run[Report])
     assert_type(await (await optional.trigger(None)).result(), Movie | None)
 
     untyped = await client.trigger("elsewhere", {"path": "a"}, delay=timedelta(hours=1))
@@ -158,6 +161,81 @@ async def called() -> None:
     assert_type(await plain_payload(Document(path="a")), Report)
     assert_type(await nothing(), int)
     assert_type(await both(Document(path="a"), ctx=Context(run_id="r", task="both")), None)
+
+
+# --- steps and sleeps ---------------------------------------------------------------------------
+
+
+async def fetch(path: str) -> bytes:
+    return path.encode()
+
+
+async def fetch_with(path: str, tries: int = 3, *, fast: bool = False) -> bytes:
+    return path.encode()
+
+
+def count(data: bytes, start: int = 0) -> int:
+    return len(data) - start
+
+
+def promise(path: str) -> Awaitable[bytes]:
+    return fetch(path)
+
+
+async def notify() -> None: ...
+
+
+class Shop:
+    async def order(self, number: int) -> Report:
+        return Report(number)
+
+    def price(self, number: int, discount: float = 0.0) -> float:
+        return number - discount
+
+    @classmethod
+    async def opened(cls) -> bool:
+        return True
+
+
+async def stepped(ctx: Context, shop: Shop, documents: list[Document]) -> None:
+    assert_type(await ctx.step("fetch", fetch, "a"), bytes)
+    assert_type(await ctx.step("fetch", fetch_with, "a"), bytes)
+    assert_type(await ctx.step("fetch", fetch_with, "a", 5), bytes)
+    assert_type(await ctx.step("count", count, b"a"), int)
+    assert_type(await ctx.step("count", count, b"a", 1, retry=Retry(), timeout="5s"), int)
+    assert_type(await ctx.step("promise", promise, "a"), bytes)
+    await ctx.step("notify", notify, timeout=timedelta(seconds=5))
+    assert_type(await ctx.step("order", shop.order, 1), Report)
+    assert_type(await ctx.step("price", shop.price, 1, 0.5), float)
+    assert_type(await ctx.step("opened", Shop.opened), bool)
+    assert_type(await ctx.step("lambda", lambda: 5), int)
+    assert_type(await ctx.step("lambda", lambda: fetch("a")), bytes)
+    assert_type(await ctx.step("partial", partial(fetch_with, "a", fast=True)), bytes)
+    assert_type(await ctx.step("report", Report, 5), Report)
+    assert_type(await ctx.step("length", len, documents), int)
+    step: Coroutine[Any, Any, bytes] = ctx.step("fetch", fetch, "a")
+    await step
+
+
+async def slept(ctx: Context) -> None:
+    await ctx.sleep(5)
+    await ctx.sleep("1h30m", name="cooling")
+    await ctx.sleep(timedelta(days=1))
+    await ctx.sleep_until(datetime(2026, 1, 1, tzinfo=UTC))
+    assert_type(ctx.once_key("charge"), str)
+    assert_type(ctx.cancelled, str | None)
+    ctx.progress(1, 2.5)
+
+
+def stepped_in_a_thread(ctx: Context, shop: Shop) -> None:
+    assert_type(ctx.step_sync("count", count, b"a"), int)
+    assert_type(ctx.step_sync("price", shop.price, 1, 0.5, timeout=5), float)
+    assert_type(ctx.step_sync("fetch", fetch, "a", retry=Retry()), bytes)
+    ctx.sleep_sync("1h")
+
+
+def as_function(ctx: Context, function: Callable[[str], Awaitable[bytes]]) -> Awaitable[bytes]:
+    return ctx.step("given", function, "a")
 
 
 # --- hooks and middleware -----------------------------------------------------------------------

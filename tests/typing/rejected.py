@@ -79,6 +79,41 @@ def wrong_declarations() -> None:
     Settings(namespace=5)  # type: ignore[arg-type]
 
 
+async def fetch(path: str, tries: int = 3) -> bytes:
+    return path.encode()
+
+
+def count(data: bytes) -> int:
+    return len(data)
+
+
+async def wrong_steps(ctx: Context) -> None:
+    await ctx.step("fetch", fetch)  # type: ignore[arg-type, call-arg]
+    await ctx.step("fetch", fetch, 5)  # type: ignore[arg-type]
+    await ctx.step("fetch", fetch, path="a")  # type: ignore[call-overload]
+    await ctx.step("fetch", fetch("a"))  # type: ignore[call-overload]
+    await ctx.step(fetch, "a")  # type: ignore[call-overload]
+    await ctx.step("count", count, "a")  # type: ignore[arg-type]
+    await ctx.step("count", count, b"a", retry=3)  # type: ignore[call-overload]
+    await ctx.step("count", count, b"a", retires=3)  # type: ignore[call-overload]
+    text: str = await ctx.step("fetch", fetch, "a")  # type: ignore[arg-type]
+    print(text)
+
+
+def wrong_steps_in_a_thread(ctx: Context) -> None:
+    ctx.step_sync("count", count, "a")  # type: ignore[arg-type]
+    text: str = ctx.step_sync("count", count, b"a")  # type: ignore[assignment]
+    print(text)
+
+
+async def wrong_sleeps(ctx: Context) -> None:
+    await ctx.sleep([])  # type: ignore[arg-type]
+    await ctx.sleep_until(5)  # type: ignore[arg-type]
+    await ctx.sleep(5, "cooling")  # type: ignore[call-arg]
+    ctx.progress("half")  # type: ignore[arg-type]
+    app.task(checkpoint="never")  # type: ignore[call-overload]
+
+
 async def wrong_hook(ctx: Context, result: bytes) -> None: ...
 
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import textwrap
 import threading
+import tracemalloc
 import uuid
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Iterator
@@ -45,7 +46,7 @@ from brokertask.events import EXPIRED, Event
 from brokertask.identity import uuid7
 from brokertask.portal import portal
 from brokertask.testing import Harness
-from brokertask.transport.memory import MemoryBroker
+from brokertask.transport.memory import MemoryBroker, MemoryTransport
 from brokertask.transport.socket import serve
 
 pytestmark = pytest.mark.anyio
@@ -255,6 +256,74 @@ async def test_a_batch_tells_of_each_item(app: App, broker: MemoryBroker) -> Non
         for error in caught.value.results
         if isinstance(error, QueueFull)
     )
+
+
+async def numbers(count: int, read: list[int]) -> AsyncIterator[int]:
+    for number in range(count):
+        read.append(number)
+        yield number
+
+
+async def note(runs: AsyncIterator[Run[Any]], ids: list[str]) -> None:
+    async for run in runs:
+        ids.append(run.run_id)  # noqa: PERF401 - it may raise half-way
+
+
+async def test_a_stream_is_read_no_further_than_it_is_sent(app: App, broker: MemoryBroker) -> None:
+    read: list[int] = []
+    runs: list[str] = []
+    async for run in app.tasks["double"].trigger_stream(numbers(2_500, read), tags=["many"]):
+        assert len(read) - len(runs) <= 1_000
+        runs.append(run.run_id)
+    envelopes = {envelope.run_id: envelope for envelope in sent(broker)}
+    assert [envelopes[run_id].value() for run_id in runs] == list(range(2_500))
+    assert {envelope.tags for envelope in envelopes.values()} == {("many",)}
+
+
+async def test_a_stream_of_anything_iterable(app: App, broker: MemoryBroker) -> None:
+    runs = [run async for run in app.client.trigger_stream("double", iter([1, 2]))]
+    assert [run.run_id for run in runs] == [envelope.run_id for envelope in sent(broker)]
+    assert [run async for run in app.tasks["double"].trigger_stream([])] == []
+    with pytest.raises(InvalidOption, match="no option 'run_id'"):
+        app.tasks["double"].trigger_stream([1], run_id="a")  # type: ignore[call-arg]
+
+
+async def test_a_stream_ends_with_the_first_payload_that_is_wrong(
+    app: App, broker: MemoryBroker
+) -> None:
+    taken: list[str] = []
+    with pytest.raises(InvalidPayload):
+        await note(app.tasks["double"].trigger_stream([*range(1_500), "many", 1]), taken)
+    assert len(taken) == 1_000
+    assert [envelope.run_id for envelope in sent(broker)] == taken
+
+
+async def test_a_stream_ends_where_runs_are_not_taken(app: App, broker: MemoryBroker) -> None:
+    read: list[int] = []
+    yielded: list[str] = []
+    with pytest.raises(BatchError, match="998 of 1000 runs were not taken") as caught:
+        await note(app.tasks["bounded"].trigger_stream(numbers(5_000, read)), yielded)
+    assert not yielded
+    taken = {result.run_id for result in caught.value.results if isinstance(result, Run)}
+    assert {envelope.run_id for envelope in sent(broker, "bounded")} == taken
+    assert len(read) == 1_000
+
+
+async def test_a_stream_takes_no_more_memory_the_longer_it_is(
+    app: App, broker: MemoryBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def vanish(*_: object, **__: object) -> None:
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(MemoryTransport, "publish", vanish)
+    peaks: list[int] = []
+    for count in (5_000, 20_000):
+        tracemalloc.start()
+        async for _ in app.tasks["double"].trigger_stream(range(count)):
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0]
 
 
 # --- ids -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from brokertask import EnvelopeError, InvalidPayload, PayloadTooLarge
+from brokertask import EnvelopeError, InvalidPayload, MemoryFull, PayloadTooLarge
 from brokertask.claim import Claim
 from brokertask.deadletter import DeadLetter, bury, bury_raw
 from brokertask.envelope import (
@@ -289,7 +289,10 @@ def test_the_size_of_a_memory_is_that_of_steps_and_metadata() -> None:
     framing = len(encode({"steps": [], "metadata": {}})) - len(encode({}))
     assert len(memory.pack()) - memory.size == framing
     assert memory.with_error(ERROR).size == memory.size
-    assert memory.largest(1) == [("fetch#2", max(len(step.packed) for step in STEPS))]
+    largest = max(len(step.packed) for step in STEPS)
+    with pytest.raises(MemoryFull, match=f"with 'next' .* the largest steps: 'fetch#2' {largest} "):
+        memory.check(memory.size - 1, "next")
+    memory.check(memory.size, "next")
 
 
 def _plain(error: AttemptError) -> dict[str, object]:

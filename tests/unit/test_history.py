@@ -85,7 +85,10 @@ FACTS = st.lists(
 )
 
 
-@settings(max_examples=20, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=20,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(facts=FACTS, end=st.booleans(), seed=st.integers(0, 9_999))
 async def test_order_and_repetition_change_nothing(facts: list[Fact], end: bool, seed: int) -> None:
     by_place = {(fact.place, fact.at_ms): fact for fact in [asked(), *facts]}

@@ -84,7 +84,7 @@ def test_a_misspelt_setting_in_code_is_refused() -> None:
 
 
 def test_a_misspelt_variable_goes_unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    # pydantic-settings asks the environment only for what it knows: the manual says so.
+    # The environment is asked only for what there is: the manual says so.
     monkeypatch.setenv("BROKERTASK_AMQP_URI", "amqp://elsewhere")
     assert Settings().broker_url() == DEFAULT_URL
 

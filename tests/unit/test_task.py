@@ -275,7 +275,7 @@ async def test_a_misspelt_trigger_option_is_refused(app: App) -> None:
     with pytest.raises(InvalidOption, match="trigger_many has no option 'tag'; did you mean 'tags"):
         await task.trigger_many([], tag="a")  # type: ignore[call-arg]
     with pytest.raises(InvalidOption, match="trigger_many has no option 'run_id'"):
-        await task.trigger_many([None], run_id="a")
+        await task.trigger_many([None], run_id="a")  # type: ignore[call-arg]
 
 
 def test_the_queue_of_a_task_is_what_was_asked_for(app: App) -> None:

@@ -1067,6 +1067,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_exporter_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
     monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "brokertask.telemetry.exporter", raising=False)
     with pytest.raises(ConfigurationError, match=r"brokertask\[otlp\]"):
         configure("documents")
 

@@ -15,7 +15,10 @@ from starlette.types import ASGIApp
 
 from brokertask.server.api import (
     beginnings,
+    bulk,
     control,
+    details,
+    figures,
     results,
     runs,
     schedules,
@@ -23,6 +26,7 @@ from brokertask.server.api import (
     tasks,
     triggers,
     waits,
+    workers,
 )
 from brokertask.server.api.gate import Gate
 from brokertask.server.api.guard import Rates
@@ -35,7 +39,10 @@ from brokertask.server.resources import Resources
 
 OPERATIONS: Final[tuple[Operation, ...]] = tuple(
     operation
-    for module in (triggers, runs, beginnings, results, control, tasks, waits, schedules, system)
+    for module in (
+        *(triggers, runs, beginnings, details, results, control, tasks, waits, schedules),
+        *(workers, figures, bulk, system),
+    )
     for operation in module.routes.operations
 )
 """Every operation, in the order of the document."""

@@ -16,7 +16,8 @@ from brokertask.server.api.problems import Problem
 from brokertask.server.api.shown import shown_body
 from brokertask.server.api.triggers import TriggeredRun, check_payload
 from brokertask.server.history import RunFilter
-from brokertask.server.triggers import Wish, trigger
+from brokertask.server.replays import NOT_KEPT, Given, replay
+from brokertask.server.triggers import trigger
 from brokertask.values import LAST_INSTANT_MS, MSGPACK, decode
 
 routes: Final = Routes("runs")
@@ -52,6 +53,10 @@ class Selected(Strict):
     root: RunId | None = None
     trace_id: Text | None = None
     worker: Text | None = None
+    fingerprint: Text | None = None
+    """Of the latest error, as `/dead` has it."""
+    discarded: bool | None = None
+    """Whether a dead run was discarded by a server."""
 
     def filter(self) -> RunFilter:
         """Return it for the history."""
@@ -66,6 +71,8 @@ class Selected(Strict):
             root=self.root,
             trace_id=self.trace_id,
             worker=self.worker,
+            fingerprint=self.fingerprint,
+            discarded=self.discarded,
         )
 
 
@@ -92,6 +99,9 @@ class RunView(BaseModel):
     reason: str | None
     error_type: str | None
     error_message: str | None
+    fingerprint: str | None
+    discarded_ms: int | None
+    """When a server has discarded it from the dead letters."""
     waits: list[str]
     done: float | None
     total: float | None
@@ -224,26 +234,14 @@ async def replay_run(call: Call, run_id: RunId, body: Replay) -> TriggeredRun:
     It has the old one's tags, and `replay:<run id>`.
     """
     row = await _row(call, run_id)
-    payload: object = body.payload
     if body.replace:
-        await check_payload(call, row["task"], payload)
-    else:
-        if row["payload_state"] not in ("kept", "claim"):
-            raise Problem(
-                "conflict", "its payload is not kept as it was: give another one, with `replace`"
-            )
-        stored, content_type = row["payload"], row["content_type"]
-        if row["payload_state"] == "claim":
-            stored, content_type = await call.resources.claims.get(Claim.unpack(stored)), MSGPACK
-        payload = decode(stored, content_type)
-    tags = [*history.tags_of(row), *body.tags, f"replay:{run_id}"][-MAX_TAGS:]
-    wish = Wish(task=row["task"], payload=payload, tags=[tag for tag in tags if _fits(tag)])
+        await check_payload(call, row["task"], body.payload)
+    given = Given(body.payload) if body.replace else None
+    wish = await replay(call.resources, row, given=given, tags=body.tags)
+    if wish is None:
+        raise Problem("conflict", NOT_KEPT)
     done = await trigger(call.resources, wish)
     return TriggeredRun(run_id=done.run_id, task=row["task"], own=True)
-
-
-def _fits(tag: str) -> bool:
-    return tag.isprintable() and len(tag.encode()) <= 128
 
 
 def _fields(row: Mapping[str, Any]) -> dict[str, Any]:

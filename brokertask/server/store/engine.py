@@ -20,6 +20,7 @@ from brokertask.server.store import migration
 
 BUSY_TIMEOUT_MS: Final = 10_000
 """How long a writer waits for another process's transaction, on SQLite."""
+OPEN_PAUSE: Final = 0.1
 CONNECT_TIMEOUT: Final = 5.0
 STATEMENT_TIMEOUT: Final = 60.0
 """Seconds that PostgreSQL has for an answer; a connection may be dead without saying so."""
@@ -63,8 +64,17 @@ class Database:
             StoreUnavailable: It cannot be reached.
             StoreOutdated: Its tables are of another version than this one.
         """
-        async with self.begin() as connection:
-            await connection.run_sync(migration.ensure)
+        deadline = asyncio.get_running_loop().time() + BUSY_TIMEOUT_MS / 1000
+        while True:
+            try:
+                async with self.begin() as connection:
+                    return await connection.run_sync(migration.ensure)
+            except StoreUnavailable as error:
+                # SQLite does not wait for its turn to give a new file a WAL, but refuses.
+                locked = self._lite and "locked" in str(error.__cause__)
+                if not locked or asyncio.get_running_loop().time() > deadline:
+                    raise
+            await asyncio.sleep(OPEN_PAUSE)
 
     async def migrate(self) -> tuple[str | None, str]:
         """Lead its tables to this version; return the revisions before and after.

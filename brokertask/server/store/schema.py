@@ -41,6 +41,7 @@ runs = Table(
     Column("reason", Text),
     Column("error_type", Text),
     Column("error_message", Text),
+    Column("fingerprint", Text),
     Column("waits", LargeBinary),
     Column("done", Float),
     Column("total", Float),
@@ -53,6 +54,7 @@ runs = Table(
     Column("payload", LargeBinary),
     Column("content_type", Text),
     Column("payload_state", Text),
+    Column("discarded_ms", BigInteger),
     Index("runs_newest", "triggered_ms", "run_id"),
     Index("runs_status", "status", "triggered_ms", "run_id"),
     Index("runs_task", "task", "status", "triggered_ms", "run_id"),
@@ -66,9 +68,27 @@ runs = Table(
             sqlite_where=text(f"{name} is not null"),
             postgresql_where=text(f"{name} is not null"),
         )
-        for name in ("parent", "root", "trace_id", "worker")
+        for name in ("parent", "root", "trace_id", "worker", "fingerprint")
     ),
-    Index("runs_ended", "ended_ms"),
+    # What statistics read of the latest ends is in the indices: no row of a run is looked up.
+    *(
+        Index(
+            name,
+            *columns,
+            sqlite_where=text("ended_ms is not null"),
+            postgresql_where=text("ended_ms is not null"),
+        )
+        for name, columns in (
+            ("runs_ended", ("ended_ms", "task", "status", "attempt", "triggered_ms")),
+            ("runs_task_ended", ("task", "ended_ms", "status", "attempt", "triggered_ms")),
+        )
+    ),
+    Index(
+        "runs_dead",
+        *("ended_ms", "task", "fingerprint", "redrives", "run_id"),
+        sqlite_where=text("status = 'failed' and discarded_ms is null"),
+        postgresql_where=text("status = 'failed' and discarded_ms is null"),
+    ),
     Index(
         "runs_failing",
         "triggered_ms",
@@ -155,6 +175,7 @@ workers = Table(
     Column("started_ms", BigInteger, nullable=False),
     Column("seen_ms", BigInteger, nullable=False),
     Column("tasks", LargeBinary, nullable=False),
+    Column("version", Text, nullable=False),
 )
 
 servers = Table(
@@ -316,6 +337,45 @@ ticks = Table(
     Column("run_id", Text),
     Column("until_ms", BigInteger),
     Column("decided_ms", BigInteger, nullable=False),
+)
+
+# -- bulk: jobs over frozen selections of runs
+
+bulk_jobs = Table(
+    "bulk_jobs",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("action", Text, nullable=False),
+    Column("options", LargeBinary, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("total", Integer, nullable=False),
+    Column("rate", Float),
+    Column("reason", Text, nullable=False),
+    Column("created_ms", BigInteger, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("ended_ms", BigInteger),
+    Column("server", Text),
+    Column("claimed_ms", BigInteger),
+    Index("bulk_jobs_newest", "created_ms", "id"),
+    Index(
+        "bulk_jobs_going",
+        "created_ms",
+        sqlite_where=text("ended_ms is null"),
+        postgresql_where=text("ended_ms is null"),
+    ),
+)
+bulk_items = Table(
+    "bulk_items",
+    metadata,
+    Column("job", Text, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("run_id", Text, nullable=False),
+    Column("task", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("redrives", Integer),
+    Column("detail", Text),
+    Column("at_ms", BigInteger),
+    Index("bulk_items_state", "job", "state", "number"),
 )
 
 # -- api: who may ask, and what was asked for

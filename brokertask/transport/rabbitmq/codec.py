@@ -1,4 +1,4 @@
-"""`Message` to and from AMQP 0-9-1 properties and headers."""
+"""`Message` to and from the properties and headers of pamqp, for `plain`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pamqp import decode
 from pamqp.commands import Basic
 
 from brokertask.envelope import Message
-from brokertask.topology import UNLIMITED_DELIVERIES, Route
+from brokertask.topology import Route
 from brokertask.transport.base import own_headers
 
 PERSISTENT: Final = 2
@@ -71,15 +71,6 @@ def _plain(value: Any) -> Any:
     return bytes(value) if isinstance(value, bytearray) else value
 
 
-def lost_deliveries(delivered: DeliveredMessage) -> int:
-    """Return how often a quorum queue delivered this before in vain.
-
-    A publisher may have written the header, with any number in it.
-    """
-    count = (delivered.header.properties.headers or {}).get("x-delivery-count", 0)
-    return min(max(0, count), UNLIMITED_DELIVERIES) if isinstance(count, int) else 0
-
-
 _UNREADABLE: Final = (ValueError, OverflowError, OSError, RecursionError)
 _read_properties: Final = Basic.Properties.unmarshal
 
@@ -114,5 +105,6 @@ def _read_any(data: bytes, kind: str) -> tuple[int, object]:
         return 4 + int.from_bytes(data[:4], "big"), {"bt-version": "unreadable"}
 
 
-# docs/decisions/0008-properties-that-cannot-be-read.md
-Basic.Properties.unmarshal = _read_any_properties  # type: ignore[assignment,method-assign]
+def forgive() -> None:
+    """Have pamqp read any properties; docs/decisions/0008-properties-that-cannot-be-read.md."""
+    Basic.Properties.unmarshal = _read_any_properties  # type: ignore[assignment,method-assign]

@@ -12,8 +12,10 @@ from aiormq.abc import AbstractChannel
 from aiormq.exceptions import AMQPError, ChannelAccessRefused, ChannelNotFoundEntity
 
 from brokertask.errors import AccessDenied, BrokertaskError, BrokerUnavailable, ConfigurationError
-from brokertask.transport.rabbitmq.link import Link, describe, raise_if_cancelled
-from brokertask.transport.rabbitmq.session import RPC_TIMEOUT, Handle, Limit, Session
+from brokertask.transport.rabbitmq.lane import RPC_TIMEOUT
+from brokertask.transport.rabbitmq.link import Link
+from brokertask.transport.rabbitmq.session import Handle, Limit, Session
+from brokertask.transport.rabbitmq.waiting import describe, raise_if_cancelled
 
 log = logging.getLogger("brokertask.rabbitmq")
 
@@ -143,8 +145,8 @@ class RabbitConsumer:
                 log.exception("%s cannot be restored", self._queue)
 
     async def _subscribe(self, timeout: float) -> None:
-        channel = await self._link.channel(confirms=False, timeout=timeout)
-        session = Session(channel, self._queue, self._handle, no_ack=self._no_ack)
+        lane = await self._link.lane(confirms=False, timeout=timeout)
+        session = Session(lane, self._queue, self._handle, no_ack=self._no_ack)
         try:
             await self._begin(session)
         except BaseException:

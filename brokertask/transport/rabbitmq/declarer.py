@@ -17,7 +17,8 @@ from aiormq.exceptions import (
 from brokertask.errors import AccessDenied, BrokerUnavailable, TopologyMismatch
 from brokertask.topology import Binding, Exchange, Queue, Topology
 from brokertask.transport.base import Difference
-from brokertask.transport.rabbitmq.link import Link, close_quietly, describe, raise_if_cancelled
+from brokertask.transport.rabbitmq.link import Link
+from brokertask.transport.rabbitmq.waiting import close_quietly, describe, raise_if_cancelled
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")

@@ -15,13 +15,14 @@ from brokertask.envelope import Message
 from brokertask.errors import AccessDenied, BrokertaskError, BrokerUnavailable, ConfigurationError
 from brokertask.transport.base import OFFSET
 from brokertask.transport.rabbitmq.codec import message_of
-from brokertask.transport.rabbitmq.link import Link, close_quietly, describe, raise_if_cancelled
+from brokertask.transport.rabbitmq.lane import RPC_TIMEOUT
+from brokertask.transport.rabbitmq.link import Link
+from brokertask.transport.rabbitmq.waiting import close_quietly, describe, raise_if_cancelled
 
 log = logging.getLogger("brokertask.rabbitmq")
 
 AHEAD: Final = 500
 """Entries that the broker sends ahead; they are acked in halves of it, so that it goes on."""
-RPC_TIMEOUT: Final = 30.0
 RESUME_PAUSE: Final = 0.5
 
 

@@ -5,21 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from typing import Final
+from weakref import WeakKeyDictionary
 
 import aio_pika
+from aio_pika.connection import make_url
+from aiormq import Channel
 from aiormq.abc import AbstractChannel, AbstractConnection
-from aiormq.exceptions import (
-    AMQPError,
-    ConnectionNotAllowed,
-    InvalidFrameError,
-    ProbableAuthenticationError,
-)
+from aiormq.exceptions import AMQPError, ConnectionNotAllowed, ProbableAuthenticationError
 
 from brokertask.errors import AccessDenied, BrokerUnavailable
 from brokertask.settings import mask
+from brokertask.transport.rabbitmq.direct import DirectLane
+from brokertask.transport.rabbitmq.lane import Lane
+from brokertask.transport.rabbitmq.plain import PlainLane
+from brokertask.transport.rabbitmq.tap import Tap, TapFactory
+from brokertask.transport.rabbitmq.waiting import (
+    close_quietly,
+    closed_on_opening,
+    describe,
+    raise_if_cancelled,
+)
 
 log = logging.getLogger("brokertask.rabbitmq")
 _foreign_log = logging.getLogger("aiormq.connection")
@@ -27,9 +34,9 @@ if _foreign_log.level == logging.NOTSET:
     # It writes a traceback for each failed try; what there is to say, `Link` says once.
     _foreign_log.setLevel(logging.CRITICAL)
 
+UNLIMITED: Final = 1 << 32
 BACKOFF_MAX: Final = 15.0
 ATTEMPT_TIMEOUT: Final = 10.0
-CLOSE_TIMEOUT: Final = 2.0
 STEADY_AFTER: Final = 5.0
 """A connection that held for so long had not failed to be made."""
 
@@ -38,13 +45,21 @@ class Link:
     """Keeps one connection to one broker open until closed."""
 
     def __init__(
-        self, url: str, *, heartbeat: int, name: str, reconnected: Callable[[], None]
+        self,
+        url: str,
+        *,
+        heartbeat: int,
+        name: str,
+        direct: bool,
+        reconnected: Callable[[], None],
     ) -> None:
         self._url = url
+        self._direct = direct
         self._heartbeat = heartbeat
         self._name = name
         self._reconnected = reconnected
         self._connection: AbstractConnection | None = None
+        self._taps: WeakKeyDictionary[AbstractConnection, Tap] = WeakKeyDictionary()
         self._keeper: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
         self._closed = False
@@ -102,6 +117,14 @@ class Link:
         except asyncio.CancelledError as error:
             raise_if_cancelled(error)
             raise BrokerUnavailable("the connection was lost while opening a channel") from error
+
+    async def lane(self, *, confirms: bool, timeout: float | None) -> Lane:
+        """Return a new channel for messages; raises as `channel`."""
+        channel = await self.channel(confirms=confirms, timeout=timeout)
+        assert isinstance(channel, Channel)
+        if (tap := self._taps.get(channel.connection)) is None:
+            return PlainLane(channel)
+        return DirectLane(channel, tap, frame_max=tap.frame_max)
 
     async def close(self) -> None:
         """Disconnect for good."""
@@ -165,15 +188,20 @@ class Link:
         return None
 
     async def _connect(self) -> AbstractConnection:
-        connection = await aio_pika.connect(
-            self._url,
-            connection_class=_OwnedConnection,
-            heartbeat=self._heartbeat,
+        connection = _OwnedConnection(
+            make_url(self._url, heartbeat=self._heartbeat),
             client_properties={"connection_name": self._name},
         )
+        factory = TapFactory()
+        if self._direct:
+            connection.kwargs["transport_factory"] = factory
+        await connection.connect()
         transport = connection.transport
         if transport is None:
             raise ConnectionError("closed while connecting")
+        if factory.tap is not None:
+            factory.tap.frame_max = transport.connection.connection_tune.frame_max or UNLIMITED
+            self._taps[transport.connection] = factory.tap
         return transport.connection
 
     def _unavailable(self) -> BrokerUnavailable:
@@ -194,32 +222,7 @@ class _OwnedConnection(aio_pika.Connection):
 def _is_refusal(error: BaseException | None) -> bool:
     return isinstance(
         error, ProbableAuthenticationError | ConnectionNotAllowed
-    ) or _closed_on_opening(error)
-
-
-def _closed_on_opening(error: BaseException | None) -> bool:
-    """Whether it is how aiormq tells of a Connection.Close in answer to the virtual host's name."""
-    return isinstance(error, InvalidFrameError) and "got <Connection.Close " in str(error)
-
-
-def describe(error: BaseException | None) -> str:
-    """Return a foreign error as short text."""
-    if _closed_on_opening(error):
-        return "it closed the connection when it heard the virtual host's name"
-    if error is None:
-        return "closed"
-    return ", ".join(str(part) for part in error.args) or type(error).__name__
-
-
-def raise_if_cancelled(error: asyncio.CancelledError) -> None:
-    """Raise `error` again if the running task was cancelled by somebody.
-
-    aiormq ends what is in flight on a lost connection with a CancelledError of its own, which
-    would pass for a cancellation of ours.
-    """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise error
+    ) or closed_on_opening(error)
 
 
 async def _release_writers(connection: AbstractConnection) -> None:
@@ -232,20 +235,3 @@ async def _release_writers(connection: AbstractConnection) -> None:
         while not frames.empty():
             frames.get_nowait()
         await asyncio.sleep(0)
-
-
-async def close_quietly(resource: AbstractConnection | AbstractChannel) -> None:
-    """Close a connection or channel that may be half dead, within a bounded time."""
-    with quietly():
-        async with asyncio.timeout(CLOSE_TIMEOUT):
-            await resource.close()
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Suppress what a dying connection raises; a cancellation of ours is none of that."""
-    try:
-        with suppress(AMQPError, OSError, RuntimeError, TimeoutError):
-            yield
-    except asyncio.CancelledError as error:
-        raise_if_cancelled(error)

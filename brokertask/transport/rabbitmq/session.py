@@ -11,21 +11,17 @@ none of 1,500 messages was counted as lost; one reader with a prefetch had 146, 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
-from aiormq.abc import AbstractChannel, DeliveredMessage
-from aiormq.exceptions import AMQPError
 from pamqp.commands import Basic
 
 from brokertask.envelope import Message
+from brokertask.topology import UNLIMITED_DELIVERIES
 from brokertask.transport.base import Receive
-from brokertask.transport.rabbitmq.codec import lost_deliveries, message_of
-from brokertask.transport.rabbitmq.link import close_quietly, quietly
-
-RPC_TIMEOUT: Final = 30.0
+from brokertask.transport.rabbitmq.lane import RPC_TIMEOUT, Lane
+from brokertask.transport.rabbitmq.waiting import close_quietly, quietly
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,16 +53,16 @@ class Reader:
         return 0 < self.room <= self.held
 
 
-Handle: TypeAlias = Callable[[DeliveredMessage, Reader], None]
+Handle: TypeAlias = Callable[[Message, str, int, bool, Reader], None]
+"""Called with a message, its routing key and tag, whether it is redelivered, and whose it is."""
 
 
 class Session:
     """A channel with its readers; what they were handed can be settled only within it."""
 
-    def __init__(
-        self, channel: AbstractChannel, queue: str, handle: Handle, *, no_ack: bool
-    ) -> None:
-        self.channel = channel
+    def __init__(self, lane: Lane, queue: str, handle: Handle, *, no_ack: bool) -> None:
+        self.lane = lane
+        self.channel = lane.channel
         self.alive = True
         self.ended = asyncio.Event()
         self._queue = queue
@@ -75,14 +71,15 @@ class Session:
         self._wanted: Limit | None = None
         self._reached: Limit | None = None
         self._prefetch: int | None = None
+        self._consuming = False
         self._readers: list[Reader] = []
         self._retired: list[Reader] = []
         self._none_retired = asyncio.Event()
         self._none_retired.set()
         self._fitting = asyncio.Lock()
         self._fitter: asyncio.Task[None] | None = None
-        channel.closing.add_done_callback(lambda _: self.end())
-        channel.on_consumer_cancel_callbacks.add(self._cancelled)
+        self.channel.closing.add_done_callback(lambda _: self.end())
+        self.channel.on_consumer_cancel_callbacks.add(self._cancelled)
 
     @property
     def up(self) -> bool:
@@ -122,6 +119,7 @@ class Session:
     def end(self) -> None:
         """Count every delivery as lost."""
         self.alive = False
+        self.lane.end()
         self._give_up()
 
     async def may_settle(self, reader: Reader) -> None:
@@ -182,26 +180,22 @@ class Session:
         return next((reader for reader in self._readers if reader.room != limit.room), None)
 
     async def _cancel(self, reader: Reader) -> None:
-        if reader.retired and reader.full:
-            await self.channel.basic_cancel(reader.tag, nowait=True)
-        else:
-            # Without a wait, what is on its way would come to nobody and stay unsettled.
-            await self.channel.basic_cancel(reader.tag, timeout=RPC_TIMEOUT)
+        # Without a wait, what is on its way would come to nobody and stay unsettled.
+        await self.lane.cancel(reader.tag, wait=not (reader.retired and reader.full))
 
     async def _consume(self, room: int) -> None:
         if room != self._prefetch and not self._no_ack:
             await self.channel.basic_qos(prefetch_count=room, timeout=RPC_TIMEOUT)
             self._prefetch = room
         reader = Reader(self, room)
+
+        def receive(message: Message, key: str, tag: int, redelivered: bool) -> None:
+            self._handle(message, key, tag, redelivered, reader)
+
+        # Whether the queue is there and may be read, the first answer tells.
+        first, self._consuming = not self._consuming, True
         self._readers.append(reader)
-
-        async def receive(delivered: DeliveredMessage) -> None:
-            self._handle(delivered, reader)
-
-        consuming = await self.channel.basic_consume(
-            self._queue, receive, no_ack=self._no_ack, timeout=RPC_TIMEOUT
-        )
-        reader.tag = consuming.consumer_tag or ""
+        reader.tag = await self.lane.consume(self._queue, receive, no_ack=self._no_ack, wait=first)
 
 
 class RabbitDelivery:
@@ -209,13 +203,15 @@ class RabbitDelivery:
 
     __slots__ = ("_reader", "_settled", "_tag", "key", "lost", "message", "queue", "redelivered")
 
-    def __init__(self, delivered: DeliveredMessage, reader: Reader, queue: str) -> None:
-        self.message: Message = message_of(delivered)
+    def __init__(
+        self, message: Message, key: str, tag: int, redelivered: bool, reader: Reader, queue: str
+    ) -> None:
+        self.message = message
         self.queue = queue
-        self.key = delivered.routing_key or ""
-        self.redelivered = bool(delivered.redelivered)
-        self.lost = lost_deliveries(delivered)
-        self._tag = delivered.delivery_tag or 0
+        self.key = key
+        self.redelivered = redelivered
+        self.lost = _lost(message.headers)
+        self._tag = tag
         self._reader = reader
         self._settled = False
         reader.held += 1
@@ -228,28 +224,41 @@ class RabbitDelivery:
     async def ack(self) -> None:
         """Settle it."""
         if self.live:
-            channel = self._reader.session.channel
-            await self._settle(lambda: channel.basic_ack(self._tag, wait=False))
+            await self._settle()
+            await self._reader.session.lane.ack(self._tag)
 
     async def requeue(self) -> None:
         """Give it back to its queue."""
         if self.live:
-            channel = self._reader.session.channel
-            await self._settle(lambda: channel.basic_reject(self._tag, requeue=True, wait=False))
+            await self._settle()
+            await self._reader.session.lane.reject(self._tag)
 
-    async def _settle(self, send: Callable[[], Awaitable[object]]) -> None:
+    async def _settle(self) -> None:
         self._settled = True
-        await self._reader.session.may_settle(self._reader)
-        self._reader.held -= 1
-        with suppress(AMQPError, RuntimeError):
-            await send()
+        reader = self._reader
+        if reader.retired:
+            await reader.session.may_settle(reader)
+        reader.held -= 1
+
+
+def _lost(headers: Mapping[str, object]) -> int:
+    """Return how often a quorum queue delivered this before in vain.
+
+    A publisher may have written the header, with any number in it.
+    """
+    count = headers.get("x-delivery-count", 0)
+    return min(max(0, count), UNLIMITED_DELIVERIES) if isinstance(count, int) else 0
 
 
 def to_deliveries(queue: str, receive: Receive) -> Handle:
     """Return what hands each message on as a delivery to settle."""
-    return lambda delivered, reader: receive(RabbitDelivery(delivered, reader, queue))
+
+    def handle(message: Message, key: str, tag: int, redelivered: bool, reader: Reader) -> None:
+        receive(RabbitDelivery(message, key, tag, redelivered, reader, queue))
+
+    return handle
 
 
 def to_messages(receive: Callable[[Message], None]) -> Handle:
     """Return what hands on messages only."""
-    return lambda delivered, _: receive(message_of(delivered))
+    return lambda message, *_: receive(message)

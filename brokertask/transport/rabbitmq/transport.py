@@ -12,15 +12,17 @@ from aiormq.abc import AbstractChannel
 
 from brokertask.envelope import Message
 from brokertask.errors import BrokertaskError
+from brokertask.settings import DataPlane
 from brokertask.topology import Binding, Queue, Route, Topology
 from brokertask.transport.base import Consumer, Depth, Difference, Receive
 from brokertask.transport.declared import Declared
 from brokertask.transport.rabbitmq.consumer import RabbitConsumer
 from brokertask.transport.rabbitmq.declarer import Declarer, declare_one
 from brokertask.transport.rabbitmq.follower import RabbitFollower
+from brokertask.transport.rabbitmq.lane import RPC_TIMEOUT
 from brokertask.transport.rabbitmq.link import Link
 from brokertask.transport.rabbitmq.publisher import Publisher
-from brokertask.transport.rabbitmq.session import RPC_TIMEOUT, to_deliveries, to_messages
+from brokertask.transport.rabbitmq.session import to_deliveries, to_messages
 
 CONNECT_TIMEOUT: Final = 30.0
 FAREWELL_TIMEOUT: Final = 3.0
@@ -39,13 +41,19 @@ class RabbitTransport:
         *,
         heartbeat: int = 30,
         name: str = "brokertask",
+        data_plane: DataPlane = "direct",
         reconnected: Callable[[], None] = lambda: None,
     ) -> None:
-        self._publishing = Link(
-            url, heartbeat=heartbeat, name=f"{name} publish", reconnected=reconnected
-        )
-        self._consuming = Link(
-            url, heartbeat=heartbeat, name=f"{name} consume", reconnected=reconnected
+        direct = data_plane == "direct"
+        self._publishing, self._consuming = (
+            Link(
+                url,
+                heartbeat=heartbeat,
+                name=f"{name} {role}",
+                direct=direct,
+                reconnected=reconnected,
+            )
+            for role in ("publish", "consume")
         )
         self._publisher = Publisher(self._publishing)
         self._declarer = Declarer(self._publishing)

@@ -71,6 +71,44 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("run_id", "redrives", "attempt", "seq"),
     )
     op.create_table(
+        "bulk_items",
+        sa.Column("job", sa.Text(), nullable=False),
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("run_id", sa.Text(), nullable=False),
+        sa.Column("task", sa.Text(), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("redrives", sa.Integer(), nullable=True),
+        sa.Column("detail", sa.Text(), nullable=True),
+        sa.Column("at_ms", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("job", "number"),
+    )
+    op.create_index("bulk_items_state", "bulk_items", ["job", "state", "number"], unique=False)
+    op.create_table(
+        "bulk_jobs",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("action", sa.Text(), nullable=False),
+        sa.Column("options", sa.LargeBinary(), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("total", sa.Integer(), nullable=False),
+        sa.Column("rate", sa.Float(), nullable=True),
+        sa.Column("reason", sa.Text(), nullable=False),
+        sa.Column("created_ms", sa.BigInteger(), nullable=False),
+        sa.Column("created_by", sa.Text(), nullable=False),
+        sa.Column("ended_ms", sa.BigInteger(), nullable=True),
+        sa.Column("server", sa.Text(), nullable=True),
+        sa.Column("claimed_ms", sa.BigInteger(), nullable=True),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index(
+        "bulk_jobs_going",
+        "bulk_jobs",
+        ["created_ms"],
+        unique=False,
+        sqlite_where=sa.text("ended_ms is null"),
+        postgresql_where=sa.text("ended_ms is null"),
+    )
+    op.create_index("bulk_jobs_newest", "bulk_jobs", ["created_ms", "id"], unique=False)
+    op.create_table(
         "cancels",
         sa.Column("run_id", sa.Text(), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
@@ -207,6 +245,7 @@ def upgrade() -> None:
         sa.Column("reason", sa.Text(), nullable=True),
         sa.Column("error_type", sa.Text(), nullable=True),
         sa.Column("error_message", sa.Text(), nullable=True),
+        sa.Column("fingerprint", sa.Text(), nullable=True),
         sa.Column("waits", sa.LargeBinary(), nullable=True),
         sa.Column("done", sa.Float(), nullable=True),
         sa.Column("total", sa.Float(), nullable=True),
@@ -219,9 +258,25 @@ def upgrade() -> None:
         sa.Column("payload", sa.LargeBinary(), nullable=True),
         sa.Column("content_type", sa.Text(), nullable=True),
         sa.Column("payload_state", sa.Text(), nullable=True),
+        sa.Column("discarded_ms", sa.BigInteger(), nullable=True),
         sa.PrimaryKeyConstraint("run_id"),
     )
-    op.create_index("runs_ended", "runs", ["ended_ms"], unique=False)
+    op.create_index(
+        "runs_dead",
+        "runs",
+        ["ended_ms", "task", "fingerprint", "redrives", "run_id"],
+        unique=False,
+        sqlite_where=sa.text("status = 'failed' and discarded_ms is null"),
+        postgresql_where=sa.text("status = 'failed' and discarded_ms is null"),
+    )
+    op.create_index(
+        "runs_ended",
+        "runs",
+        ["ended_ms", "task", "status", "attempt", "triggered_ms"],
+        unique=False,
+        sqlite_where=sa.text("ended_ms is not null"),
+        postgresql_where=sa.text("ended_ms is not null"),
+    )
     op.create_index(
         "runs_failing",
         "runs",
@@ -229,6 +284,14 @@ def upgrade() -> None:
         unique=False,
         sqlite_where=sa.text("error_type is not null"),
         postgresql_where=sa.text("error_type is not null"),
+    )
+    op.create_index(
+        "runs_fingerprint",
+        "runs",
+        ["fingerprint", "triggered_ms", "run_id"],
+        unique=False,
+        sqlite_where=sa.text("fingerprint is not null"),
+        postgresql_where=sa.text("fingerprint is not null"),
     )
     op.create_index("runs_newest", "runs", ["triggered_ms", "run_id"], unique=False)
     op.create_index(
@@ -249,6 +312,14 @@ def upgrade() -> None:
     )
     op.create_index("runs_status", "runs", ["status", "triggered_ms", "run_id"], unique=False)
     op.create_index("runs_task", "runs", ["task", "status", "triggered_ms", "run_id"], unique=False)
+    op.create_index(
+        "runs_task_ended",
+        "runs",
+        ["task", "ended_ms", "status", "attempt", "triggered_ms"],
+        unique=False,
+        sqlite_where=sa.text("ended_ms is not null"),
+        postgresql_where=sa.text("ended_ms is not null"),
+    )
     op.create_index(
         "runs_trace_id",
         "runs",
@@ -362,5 +433,6 @@ def upgrade() -> None:
         sa.Column("started_ms", sa.BigInteger(), nullable=False),
         sa.Column("seen_ms", sa.BigInteger(), nullable=False),
         sa.Column("tasks", sa.LargeBinary(), nullable=False),
+        sa.Column("version", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("worker"),
     )

@@ -1,0 +1,285 @@
+"""Jobs over many runs: what is previewed is what is done, once to each, and told of each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from brokertask import Abort, App, Context, Settings
+from brokertask.deadletter import Filter
+from brokertask.deadletters import Selection
+from tests.api.stage import Stage, stage
+from tests.api.test_runs import LONG
+from tests.flow.deciding import until
+
+pytestmark = pytest.mark.anyio
+
+
+class Shop:
+    """An app whose runs fail until it is mended."""
+
+    def __init__(self) -> None:
+        self.app = App("shop", settings=Settings(amqp_url="memory:"))
+        self.mended = False
+        self.done: list[tuple[str, Any]] = []
+
+        @self.app.task()
+        async def charge(number: int, ctx: Context) -> int:
+            if not self.mended:
+                raise Abort(f"no bank for order {number}")
+            self.done.append((ctx.run_id, number))
+            return number
+
+        @self.app.task()
+        async def endless(number: int) -> None:
+            await asyncio.Event().wait()
+
+        self.charge = charge
+        self.endless = endless
+
+
+@asynccontextmanager
+async def working(shop: Shop) -> AsyncIterator[tuple[Stage, httpx.AsyncClient]]:
+    async with stage(shop.app) as staged, shop.app, staged.client() as client:
+        worker = shop.app.worker()
+        await worker.start()
+        try:
+            async with asyncio.timeout(2 * LONG):
+
+                async def heard() -> bool:
+                    return bool((await client.get("/workers")).json())
+
+                # From then on it tells of what begins.
+                await until(heard)
+                yield staged, client
+        finally:
+            await worker.stop(grace=0)
+
+
+async def dead(shop: Shop, client: httpx.AsyncClient, count: int) -> list[str]:
+    """Have so many runs die, and return their ids."""
+    runs = await shop.charge.trigger_many(range(count))
+    await until_counted(client, "failed", count)
+    return [run.run_id for run in runs]
+
+
+async def until_counted(client: httpx.AsyncClient, status: str, count: int) -> None:
+    async def counted() -> bool:
+        answer = await client.get("/counts", params={"status": status})
+        return bool(answer.json()["total"] == count)
+
+    await until(counted)
+
+
+async def start(client: httpx.AsyncClient, action: str, **body: Any) -> dict[str, Any]:
+    answer = await client.post(f"/bulk/start/{action}", json=body)
+    assert answer.status_code == 201, answer.text
+    return dict(answer.json())
+
+
+async def ended(client: httpx.AsyncClient, job: dict[str, Any]) -> dict[str, Any]:
+    found = job
+
+    async def over() -> bool:
+        nonlocal found
+        found = (await client.get(f"/bulk/jobs/{job['id']}")).json()
+        return found["ended_ms"] is not None
+
+    await until(over)
+    return found
+
+
+async def items(client: httpx.AsyncClient, job: dict[str, Any]) -> Sequence[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    cursor = None
+    while True:
+        given = {"limit": 7} if cursor is None else {"limit": 7, "cursor": cursor}
+        page = (await client.get(f"/bulk/jobs/{job['id']}/items", params=given)).json()
+        found += page["items"]
+        if (cursor := page["next"]) is None:
+            return found
+
+
+def counts(**some: int) -> dict[str, int]:
+    return dict.fromkeys(("waiting", "sent", "done", "skipped", "failed"), 0) | some
+
+
+async def test_dead_runs_are_previewed_redriven_and_end_once() -> None:
+    shop = Shop()
+    async with working(shop) as (_, client):
+        run_ids = await dead(shop, client, 20)
+        (group,) = (await client.get("/dead")).json()["groups"]
+        select = {"task": "charge", "fingerprint": group["fingerprint"]}
+        preview = (await client.get("/bulk/preview/redrive", params=select)).json()
+        assert (preview["count"], preview["by_task"]) == (20, {"charge": 20})
+        assert set(preview["first"]) == set(run_ids[:10])
+        wrong = await client.post(
+            "/bulk/start/redrive", json={"select": select, "expected": 19, "reason": "mended"}
+        )
+        assert wrong.status_code == 409
+        assert (await client.get("/bulk/jobs")).json()["items"] == []
+        shop.mended = True
+        job = await start(client, "redrive", select=select, expected=20, reason="mended")
+        found = await ended(client, job)
+        assert (found["state"], found["counts"]) == ("done", counts(done=20))
+        await until_counted(client, "completed", 20)
+        assert Counter(run_id for run_id, _ in shop.done) == Counter(run_ids)
+        told = await items(client, job)
+        assert [one["number"] for one in told] == list(range(1, 21))
+        assert {one["run_id"] for one in told} == set(run_ids)
+        assert (await client.get("/dead")).json()["groups"] == []
+        (entry, refused) = [
+            one
+            for one in (await client.get("/audit")).json()["items"]
+            if one["action"] == "start_bulk"
+        ]
+        assert (entry["target"], entry["reason"], entry["status"]) == ("redrive", "mended", 201)
+        assert refused["status"] == 409
+
+
+async def test_what_died_again_counts_as_such() -> None:
+    shop = Shop()
+    async with working(shop) as (_, client):
+        (run_id,) = await dead(shop, client, 1)
+        job = await start(client, "redrive", select={"run_id": [run_id]}, expected=1)
+        assert (await ended(client, job))["counts"] == counts(done=1)
+
+        async def again() -> bool:
+            groups = (await client.get("/dead")).json()["groups"]
+            return bool(groups and groups[0]["again"] == 1)
+
+        await until(again)
+
+
+async def test_dead_runs_are_discarded_with_a_reason() -> None:
+    shop = Shop()
+    async with working(shop) as (_, client):
+        run_ids = await dead(shop, client, 6)
+        select = {"run_id": run_ids[:4]}
+        job = await start(client, "discard", select=select, expected=4, reason="refunded")
+        assert (await ended(client, job))["counts"] == counts(done=4)
+        queues = {one["queue"]: one for one in (await client.get("/queues")).json()}
+        assert queues["bt.dead.charge"]["ready"] == 2
+        (group,) = (await client.get("/dead")).json()["groups"]
+        assert group["count"] == 2
+        gone = (await client.get("/runs", params={"discarded": True})).json()["items"]
+        assert {one["run_id"] for one in gone} == set(run_ids[:4])
+        rest = (await client.get("/bulk/preview/redrive")).json()
+        assert rest["count"] == 2
+
+
+async def test_a_run_that_is_not_dead_any_more_is_skipped_and_says_why() -> None:
+    shop = Shop()
+    async with working(shop) as (staged, client):
+        run_ids = await dead(shop, client, 2)
+        # Without a server, so that history does not know.
+        selection = Selection.open(
+            staged.resources.transport,
+            staged.resources.broker_settings,
+            ["charge"],
+            Filter(run_ids=run_ids[:1]),
+        )
+        async with selection as found:
+            assert [each.status async for each in found.discard()] == ["discarded"]
+        shop.mended = True
+        job = await start(client, "redrive", select={}, expected=2)
+        assert (await ended(client, job))["counts"] == counts(done=1, skipped=1)
+        (skipped,) = [one for one in await items(client, job) if one["state"] == "skipped"]
+        assert skipped["run_id"] == run_ids[0]
+        assert "not in the dead-letter queue" in skipped["detail"]
+
+
+async def test_runs_are_cancelled_and_those_that_ended_meanwhile_are_skipped() -> None:
+    shop = Shop()
+    async with working(shop) as (_, client):
+        runs = await shop.endless.trigger_many(range(5))
+        await until_counted(client, "running", 5)
+        select = {"task": "endless"}
+        job = await start(client, "cancel", select=select, expected=5, reason="closing")
+        assert (await ended(client, job))["counts"] == counts(done=5)
+        await until_counted(client, "cancelled", 5)
+        row = (await client.get(f"/runs/{runs[0].run_id}")).json()
+        assert row["reason"] == "closing"
+        nothing = await client.get("/bulk/preview/cancel", params=select)
+        assert nothing.json()["count"] == 0
+
+
+async def test_runs_are_replayed_with_their_payload_or_another_one() -> None:
+    shop = Shop()
+    async with working(shop) as (_, client):
+        await dead(shop, client, 3)
+        shop.mended = True
+        select = {"task": "charge", "status": ["failed"]}
+        job = await start(client, "replay", select=select, expected=3, rate=50)
+        assert (await ended(client, job))["counts"] == counts(done=3)
+        await until_counted(client, "completed", 3)
+        assert sorted(number for _, number in shop.done) == [0, 1, 2]
+        assert {one["detail"] for one in await items(client, job)} == {run for run, _ in shop.done}
+        body = {"select": select, "expected": 3, "replace": True}
+        refused = await client.post("/bulk/start/replay", json={**body, "payload": "seven"})
+        assert refused.status_code == 422
+        job = await start(client, "replay", **body, payload=7)
+        assert (await ended(client, job))["counts"] == counts(done=3)
+        await until_counted(client, "completed", 6)
+        assert [number for _, number in shop.done[3:]] == [7, 7, 7]
+        tagged = await client.get("/runs", params={"tag": f"bulk:{job['id']}"})
+        assert len(tagged.json()["items"]) == 3
+
+
+async def test_an_aborted_job_leaves_what_it_has_not_begun() -> None:
+    shop = Shop()
+    async with working(shop) as (_, client):
+        await dead(shop, client, 30)
+        shop.mended = True
+        job = await start(client, "redrive", select={}, expected=30, rate=4)
+
+        async def begun() -> bool:
+            return bool((await client.get(f"/bulk/jobs/{job['id']}")).json()["counts"]["done"])
+
+        await until(begun)
+        said = await client.post(f"/bulk/jobs/{job['id']}/abort", json={"reason": "wrong"})
+        assert (said.status_code, said.json()["state"]) == (202, "aborting")
+        found = await ended(client, job)
+        assert found["state"] == "aborted"
+        done, left = found["counts"]["done"], found["counts"]["waiting"]
+        assert done + left == 30
+        assert left > 0
+        await until_counted(client, "completed", done)
+        rest = (await client.get("/bulk/preview/redrive")).json()
+        assert rest["count"] == left
+        again = await client.post(f"/bulk/jobs/{job['id']}/abort", json={})
+        assert again.status_code == 409
+
+
+@pytest.mark.parametrize(
+    ("action", "body"),
+    [
+        ("redrive", {"children": True}),
+        ("cancel", {"forget": True}),
+        ("discard", {"replace": True}),
+        ("replay", {"payload": 3}),
+        ("replay", {"payload": 3, "replace": True}),
+        ("redrive", {"rate": 0}),
+        ("erase", {}),
+    ],
+)
+async def test_what_would_be_passed_over_is_refused(action: str, body: dict[str, Any]) -> None:
+    async with stage() as staged, staged.client() as client:
+        answer = await client.post(
+            f"/bulk/start/{action}", json={"select": {}, "expected": 1, **body}
+        )
+        assert answer.status_code == 422
+
+
+async def test_a_viewer_may_look_and_not_act() -> None:
+    async with stage() as staged, staged.client(await staged.token("viewer")) as client:
+        assert (await client.get("/bulk/preview/discard")).status_code == 200
+        body = {"select": {}, "expected": 1}
+        assert (await client.post("/bulk/start/discard", json=body)).status_code == 403
+        assert (await client.post("/bulk/jobs/x/abort", json={})).status_code == 403

@@ -1,0 +1,1 @@
+"""The peers: tiny programs with the same task, run in an environment of their own."""
