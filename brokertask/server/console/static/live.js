@@ -3,7 +3,7 @@
 const PAUSE = 1000;
 const TRIES = 12;
 const ENDS = ["completed", "failed", "expired", "cancelled"];
-const EVENTS = ["started", "step", "log", "progress", "warning", "retrying", "sleeping", "waiting", ...ENDS];
+const EVENTS = ["changed", "started", "step", "log", "progress", "warning", "retrying", "sleeping", "waiting", ...ENDS];
 
 export function follow(main) {
   const source = new EventSource(main.dataset.live);
