@@ -73,7 +73,7 @@ class Timeline extends HTMLElement {
     this.port = element("div", "timeline-port", this);
     this.port.tabIndex = 0;
     this.port.setAttribute("role", "region");
-    this.port.setAttribute("aria-label", "Timeline");
+    this.port.setAttribute("aria-label", "Spans");
     this.tall = element("div", "timeline-tall", this.port);
     this.pool = [];
     this.spans = [];
