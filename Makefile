@@ -50,6 +50,15 @@ chaos: setup tools ## Kill workers and brokers under load, and count what was lo
 chaos-steps: setup tools ## The same under runs of five steps, and count what was repeated
 	@.venv/bin/python -m tests.crash.stepping
 
+STORE ?= sqlite
+.PHONY: history
+history: setup tools ## Kill servers that record, hold history to the workers' log (STORE=postgresql ARGS=)
+	@.venv/bin/python -m tests.crash.history --store $(STORE) $(ARGS)
+
+.PHONY: bench-history
+bench-history: setup tools ## Time pages and counts of a million runs (STORE=postgresql ARGS=)
+	@.venv/bin/python -m tests.bench.history --store $(STORE) $(ARGS)
+
 .PHONY: rabbitmq
 rabbitmq: ## Start a private RabbitMQ and print its URL
 	@$(PYTHON) infra/rabbitmq/node.py up

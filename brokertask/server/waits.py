@@ -54,7 +54,7 @@ class Waits:
 
     async def came(self, kind: str, subjects: Iterable[str]) -> None:
         """Send on whoever waited for these: `run`, `token` or `event`; they are written."""
-        async with self._resources.store.begin() as connection:
+        async with self._resources.store.read() as connection:
             run_ids = await parking.waiting_for(connection, kind, subjects)
         await self.look(run_ids)
 
@@ -189,7 +189,7 @@ class Waits:
         resources, clock = self._resources, self._resources.clock
         while True:
             self._sooner.clear()
-            async with resources.store.begin() as connection:
+            async with resources.store.read() as connection:
                 late = await parking.due(connection, clock.now_ms())
                 next_ms = None if late else await parking.next_due(connection)
             if late:

@@ -226,7 +226,7 @@ async def _next(heard: Heard, limit: float) -> Event | None:
 async def _ending(resources: Resources, run_id: str) -> Event | None:
     """Return the end of a run; None if there is none yet, or it was redriven since."""
     query = select(endings.c.body, runs.c.status).where(endings.c.run_id == run_id)
-    async with resources.store.begin() as connection:
+    async with resources.store.read() as connection:
         row = (
             await connection.execute(query.outerjoin(runs, runs.c.run_id == endings.c.run_id))
         ).one_or_none()
