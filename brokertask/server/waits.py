@@ -71,8 +71,11 @@ class Waits:
         return answer
 
     async def call_back(self, secret: str, value: object) -> tokens.Answer:
-        """Complete the token that somebody has the secret of, as `complete` does."""
-        return await self.complete(token_id(secret), value, by="callback")
+        """Complete the token that somebody has the secret of, as `complete` does.
+
+        Before the token is known, little is kept, of few, for an hour: the answer is `unknown`.
+        """
+        return await self.complete(token_id(secret), value, by=tokens.CALLBACK)
 
     async def reject(self, token: str, reason: str, *, by: str) -> tokens.Answer:
         """Reject a token, and send on who waits for it: it gets the reason."""

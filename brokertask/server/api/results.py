@@ -19,6 +19,7 @@ from brokertask.server.api.operations import Call, Routes, RunId, Strict, TaskId
 from brokertask.server.api.problems import Kind, Problem
 from brokertask.server.api.shown import shown_body
 from brokertask.server.api.stream import BEAT, BEATING, EVENT_STREAM, Stopping, Stream, sent
+from brokertask.server.redactor import redact
 from brokertask.server.resources import Resources
 from brokertask.server.store.schema import endings, runs
 from brokertask.values import MSGPACK, encode
@@ -241,7 +242,7 @@ async def _shown(resources: Resources, event: Event) -> Ending:
         body = event.result or _NIL
         if event.claim is not None:
             body = await resources.claims.get(event.claim)
-        result = shown_body(body, MSGPACK)
+        result = redact(shown_body(body, MSGPACK))
     return Ending(
         run_id=event.run_id,
         task=event.task,
