@@ -32,8 +32,8 @@ log = logging.getLogger("brokertask.server")
 BATCH: Final = 500
 CLAIM_MS: Final = 10_000
 """After so long, what a server has claimed and neither deleted nor renewed belongs to nobody."""
-RENEWED: Final = 2.5
-"""Seconds after which a claim is renewed: three times may fail before it is lost."""
+RENEWALS: Final = 4
+"""How often a claim is renewed before it would be lost: some of them may fail."""
 POLL: Final = 1.0
 BACKOFF: Final = 1.0
 """Seconds without a publish after the broker took none."""
@@ -135,7 +135,7 @@ class Outbox:
         async def renew() -> None:
             mine = update(outbox).where(outbox.c.id.in_(ids))
             while True:
-                await asyncio.sleep(RENEWED)
+                await asyncio.sleep(CLAIM_MS / 1000 / RENEWALS)
                 # One that fails is not missed: a claim that is lost only doubles a message.
                 with suppress(StoreUnavailable):
                     async with resources.store.begin() as connection:
