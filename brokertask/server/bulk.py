@@ -27,7 +27,7 @@ State: TypeAlias = Literal["waiting", "sent", "done", "skipped", "failed"]
 STATES: Final[tuple[State, ...]] = get_args(State)
 OPEN: Final[tuple[State, ...]] = ("waiting", "sent")
 MAX_SELECTED: Final = 50_000
-CLAIM_MS: Final = 60_000
+CLAIM_MS: Final = 15_000
 """A server that has said nothing for so long works on a job no longer."""
 _FAILED: Final = ("failed",)
 _TAKEN: Final[Mapping[Action, tuple[str, ...]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -15,8 +16,11 @@ from brokertask import Abort, App, Context, Settings
 from brokertask.deadletter import Filter
 from brokertask.deadletters import Selection
 from tests.api.stage import Stage, stage
+from tests.api.test_cli import Say, say
 from tests.api.test_runs import LONG
 from tests.flow.deciding import until
+
+__all__ = ["say"]  # A fixture.
 
 pytestmark = pytest.mark.anyio
 
@@ -118,7 +122,6 @@ async def test_dead_runs_are_previewed_redriven_and_end_once() -> None:
         select = {"task": "charge", "fingerprint": group["fingerprint"]}
         preview = (await client.get("/bulk/preview/redrive", params=select)).json()
         assert (preview["count"], preview["by_task"]) == (20, {"charge": 20})
-        assert set(preview["first"]) == set(run_ids[:10])
         wrong = await client.post(
             "/bulk/start/redrive", json={"select": select, "expected": 19, "reason": "mended"}
         )
@@ -133,6 +136,7 @@ async def test_dead_runs_are_previewed_redriven_and_end_once() -> None:
         told = await items(client, job)
         assert [one["number"] for one in told] == list(range(1, 21))
         assert {one["run_id"] for one in told} == set(run_ids)
+        assert [one["run_id"] for one in told[:10]] == preview["first"]
         assert (await client.get("/dead")).json()["groups"] == []
         (entry, refused) = [
             one
@@ -283,3 +287,39 @@ async def test_a_viewer_may_look_and_not_act() -> None:
         body = {"select": {}, "expected": 1}
         assert (await client.post("/bulk/start/discard", json=body)).status_code == 403
         assert (await client.post("/bulk/jobs/x/abort", json={})).status_code == 403
+
+
+async def test_a_job_is_started_followed_and_explained_on_the_command_line(
+    say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = Shop()
+    async with working(shop) as (staged, client):
+        assert staged.server.site is not None
+        url = f"http://127.0.0.1:{staged.server.site.port}"
+        monkeypatch.setenv("BROKERTASK_SERVER_URL", url)
+        run_ids = await dead(shop, client, 3)
+        explained = (await say("why", run_ids[0])).output
+        assert "somebody who redrives or discards it: it is dead (aborted), by Abort" in explained
+        filters = ("--task", "charge", "--error", "no bank", "--since", "1h")
+        tried = await say("bulk", "start", "redrive", *filters, "--dry-run")
+        assert (tried.exit_code, tried.output.split()[-2:]) == (0, ["charge", "3"])
+        assert (await say("bulk", "start", "redrive", *filters)).exit_code == 2
+        assert (await say("bulk", "list")).output.strip() == "no jobs"
+        shop.mended = True
+        began = await say("bulk", "start", "redrive", *filters, "--rate", "50/s", "--yes")
+        assert began.exit_code == 0, began.output
+        identity = began.output.strip()
+        await ended(client, {"id": identity})
+        shown = json.loads((await say("bulk", "show", identity, "--json")).output)
+        assert (shown["counts"]["done"], shown["rate"], shown["items"]) == (3, 50, [])
+        assert identity in (await say("bulk", "list")).output
+        assert (await say("bulk", "abort", identity)).exit_code == 6
+        none = await say("bulk", "start", "discard", "--yes")
+        assert "cannot be done" in none.output
+        (worker,) = json.loads((await say("workers", "list", "--json")).output)
+        assert worker["worker"] in (await say("workers", "list")).output
+        assert (await say("workers", "drain", worker["worker"])).exit_code == 0
+        await until_counted(client, "completed", 3)
+        assert "it has completed" in (await say("why", run_ids[0])).output
+        assert (await say("runs", "logs", run_ids[0])).output == ""
+        assert (await say("why", "nothing")).exit_code == 6

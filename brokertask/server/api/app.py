@@ -25,6 +25,7 @@ from brokertask.server.api import (
     tasks,
     triggers,
     waits,
+    why,
     workers,
 )
 from brokertask.server.api.gate import Gate
@@ -39,7 +40,7 @@ from brokertask.server.resources import Resources
 OPERATIONS: Final[tuple[Operation, ...]] = tuple(
     operation
     for module in (
-        *(triggers, runs, details, results, control, tasks, waits, schedules),
+        *(triggers, runs, details, why, results, control, tasks, waits, schedules),
         *(workers, figures, bulk, system),
     )
     for operation in module.routes.operations
