@@ -15,6 +15,9 @@ import pytest
 from brokertask import Abort, App, Context, Settings
 from brokertask.deadletter import Filter
 from brokertask.deadletters import Selection
+from brokertask.server import bulk
+from brokertask.server.bulk import Action, Job
+from brokertask.server.history import RunFilter
 from tests.api.stage import Stage, stage
 from tests.api.test_cli import Say, say
 from tests.api.test_runs import LONG
@@ -323,3 +326,72 @@ async def test_a_job_is_started_followed_and_explained_on_the_command_line(
         assert "it has completed" in (await say("why", run_ids[0])).output
         assert (await say("runs", "logs", run_ids[0])).output == ""
         assert (await say("why", "nothing")).exit_code == 6
+
+
+async def begun_before(
+    staged: Stage, action: Action, *, redrives: int | None = None, aborted: bool = False
+) -> dict[str, Any]:
+    """Leave a job as a server does that dies in the middle of its only run."""
+    job = Job(id="left", action=action, reason="", rate=None, options={})
+    async with staged.resources.store.begin() as connection:
+        assert await bulk.create(connection, job, RunFilter(), now_ms=1, by="ada") == 1
+        (item,) = await bulk.next_items(connection, job, states=bulk.OPEN, limit=2)
+        await bulk.move(connection, item, "sent", now_ms=1, redrives=redrives)
+        if aborted:
+            await bulk.abort(connection, job.id)
+    return {"id": job.id}
+
+
+async def letters(client: httpx.AsyncClient) -> int:
+    queues = {one["queue"]: one for one in (await client.get("/queues")).json()}
+    return int(queues["bt.dead.charge"]["ready"])
+
+
+@pytest.mark.parametrize("aborted", [False, True])
+async def test_what_was_sent_before_a_crash_is_not_sent_again(aborted: bool) -> None:
+    shop = Shop()
+    async with working(shop) as (staged, client):
+        await dead(shop, client, 1)
+        shop.mended = True
+        job = await begun_before(staged, "redrive", redrives=0, aborted=aborted)
+        found = await ended(client, job)
+        assert found["counts"] == counts(done=1)
+        assert found["state"] == ("aborted" if aborted else "done")
+        # A run that comes after it: by then, one that was sent again would have been done.
+        assert await (await shop.charge.trigger(7)).result(timeout=LONG) == 7
+        assert [number for _, number in shop.done] == [7]
+        assert await letters(client) == 0
+
+
+async def test_what_died_again_after_a_crash_stays_among_the_dead() -> None:
+    shop = Shop()
+    async with working(shop) as (staged, client):
+        (run_id,) = await dead(shop, client, 1)
+        await client.post(f"/runs/{run_id}/redrive", json={})
+
+        async def again() -> bool:
+            row = (await client.get(f"/runs/{run_id}")).json()
+            return bool((row["status"], row["redrives"]) == ("failed", 1))
+
+        await until(again)
+        shop.mended = True
+        job = await begun_before(staged, "redrive", redrives=0)
+        assert (await ended(client, job))["counts"] == counts(done=1)
+        assert await letters(client) == 1
+        assert shop.done == []
+
+
+async def test_a_discard_that_was_begun_is_finished_or_called_off() -> None:
+    shop = Shop()
+    async with working(shop) as (staged, client):
+        await dead(shop, client, 1)
+        job = await begun_before(staged, "discard", aborted=True)
+        found = await ended(client, job)
+        assert (found["state"], found["counts"]) == ("aborted", counts(waiting=1))
+        assert await letters(client) == 1
+        async with staged.resources.store.begin() as connection:
+            await bulk.forget(connection, before_ms=2**53)
+        job = await begun_before(staged, "discard")
+        assert (await ended(client, job))["counts"] == counts(done=1)
+        assert await letters(client) == 0
+        assert (await client.get("/dead")).json()["groups"] == []
