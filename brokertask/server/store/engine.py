@@ -46,6 +46,7 @@ class Database:
     def __init__(self, url: str) -> None:
         parsed = make_url(url)
         self._lite = parsed.get_backend_name() == "sqlite"
+        self._begun = 0
         self._name = parsed.render_as_string(hide_password=True)
         self._turn = asyncio.Lock()
         self._folder: TemporaryDirectory[str] | None = None
@@ -95,6 +96,11 @@ class Database:
         async with self.begin() as connection:
             return await connection.run_sync(migration.migrate)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a transaction is under way."""
+        return self._begun > 0
+
     async def close(self) -> None:
         """Disconnect."""
         await self._engine.dispose()
@@ -128,9 +134,13 @@ class Database:
 
     @asynccontextmanager
     async def _transaction(self, engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-        with _translated(self._name):
-            async with engine.begin() as connection:
-                yield connection
+        self._begun += 1
+        try:
+            with _translated(self._name):
+                async with engine.begin() as connection:
+                    yield connection
+        finally:
+            self._begun -= 1
 
 
 @contextmanager
