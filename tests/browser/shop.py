@@ -8,8 +8,19 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import BaseModel
+
 from brokertask import App, Context, Retry, Settings, Task
 from tests.api.stage import Stage, stage
+
+
+class Order(BaseModel):
+    """What the form of a task is made from."""
+
+    customer: str
+    number: int
+    express: bool = False
+    notes: list[str] = []
 
 
 @dataclass(slots=True)
@@ -56,10 +67,14 @@ async def shop(app: App | None = None) -> AsyncIterator[Shop]:
     async def echo(value: Any) -> Any:
         return value
 
+    @owner.task
+    async def order(wanted: Order) -> Order:
+        return wanted
+
     async with stage(owner) as api:
         assert api.server.site is not None
         made.api, made.url = api, f"http://127.0.0.1:{api.server.site.port}/"
-        made.tasks = {"flaky": flaky, "hold": hold, "echo": echo}
+        made.tasks = {"flaky": flaky, "hold": hold, "echo": echo, "order": order}
         made.open, made.broken = asyncio.Event(), True
         async with owner.worker():
             yield made

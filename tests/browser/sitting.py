@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Error, Page
+from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Error, Page, expect
 
 LIMIT_MS = 20_000
+expect.set_options(timeout=LIMIT_MS)
 VIOLATIONS = """
 document.addEventListener("securitypolicyviolation", (event) => {
   console.error(`CSP: ${event.violatedDirective} ${event.blockedURI} ${event.sample}`);

@@ -47,7 +47,7 @@ async def test_new_runs_are_a_number_and_move_no_row(stage: Shop, sitting: Sitti
     page = await sitting.go("runs")
     await expect(page.locator(f'[data-row="{first.run_id}"] .status')).to_contain_text("completed")
     await stage.tasks["echo"].trigger(2)
-    await expect(page.locator(".fresh")).to_contain_text("1 new run")
+    await expect(page.locator(".fresh")).to_contain_text("1 new")
     await expect(page.locator("[data-rows] tr")).to_have_count(1)
     await page.locator(".fresh a").click()
     await expect(page.locator("[data-rows] tr")).to_have_count(2)

@@ -16,10 +16,12 @@ from brokertask.server.api.gate import Gate
 from brokertask.server.api.problems import Problem
 from brokertask.server.console.desk import Desk, Page, Pages
 from brokertask.server.console.html import environment
-from brokertask.server.console.pages import run, runs, sign
+from brokertask.server.console.pages import again, inside, overview, run, runs, sign, tasks
 from brokertask.server.console.static import Static
 
-SECTIONS: Final[tuple[Pages, ...]] = tuple(module.pages for module in (runs, run, sign))
+SECTIONS: Final[tuple[Pages, ...]] = tuple(
+    module.pages for module in (overview, runs, run, inside, again, tasks, sign)
+)
 """Every page, in the order of the navigation."""
 
 

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from brokertask.durations import readable
+from brokertask.events import ENDS
 from brokertask.statuses import status_of
 
 MAX_SHOWN: Final = 65_536
@@ -111,5 +112,5 @@ def environment() -> Environment:
         "segment": segment,
         "readable": readable,
     }
-    made.globals |= {"took": took, "status_of": status_of}
+    made.globals |= {"took": took, "status_of": status_of, "ends": ENDS}
     return made

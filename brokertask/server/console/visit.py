@@ -105,6 +105,14 @@ class Visit:
                 given[name] = value
         return validated(model, given, "query")
 
+    def sent(self, model: type[M], **values: Any) -> M:
+        """Return values of the form as a model.
+
+        Raises:
+            Problem: They are none.
+        """
+        return validated(model, values, "form")
+
     def to(self, path: str = "", **values: Any) -> str:
         """Return the address of a page, seen from this one: it holds under any prefix."""
         return f"{self._up}{path}{query(values)}"

@@ -39,7 +39,7 @@ async def show_timeline(visit: Visit) -> Response:
     run_id = visit.part("run_id")
     run = await visit.ask(show_run, run_id=run_id)
     async with visit.gate.resources.store.read() as connection:
-        steps = await details.steps_of(connection, run_id)
+        steps = await details.steps_of(connection, run_id, limit=MAX_STEPS)
     told = Told(
         run=run,
         attempts=await visit.ask(list_attempts, run_id=run_id),

@@ -7,12 +7,14 @@ from typing import Final, Literal
 from pydantic import Field
 from starlette.responses import Response
 
+from brokertask.server.api.hub import Hub
 from brokertask.server.api.paging import Cursor
 from brokertask.server.api.problems import Problem
-from brokertask.server.api.results import EventsQuery, follow_runs
 from brokertask.server.api.runs import RunsQuery, Selected, count_runs, list_runs, show_run
+from brokertask.server.api.stream import Stopping, Stream
 from brokertask.server.api.tasks import list_tasks
 from brokertask.server.console.desk import Pages
+from brokertask.server.console.pulses import pulses
 from brokertask.server.console.visit import Visit
 from brokertask.statuses import STATUSES
 from brokertask.values import LAST_INSTANT_MS
@@ -44,12 +46,6 @@ class Asked(Selected):
         return {**self.model_dump(exclude={"cursor", "as_of"}), **changed}
 
 
-@pages.get("")
-async def begin(visit: Visit) -> Response:
-    """Lead to them."""
-    return visit.go("runs")
-
-
 @pages.get("runs")
 async def show(visit: Visit) -> Response:
     """Show a page of them."""
@@ -76,8 +72,10 @@ async def show(visit: Visit) -> Response:
 
 @pages.get("live/runs")
 async def follow(visit: Visit) -> Response:
-    """Tell as it happens that something has happened to a run."""
-    return await visit.ask(follow_runs, query=visit.asked(EventsQuery))
+    """Tell that something has happened to a run, of a task or of any."""
+    task = visit.request.query_params.get("task") or None
+    state = visit.call.state
+    return Stream(pulses(state[Hub], lambda event: task in (None, event.task)), state[Stopping])
 
 
 @pages.get("find")

@@ -3,7 +3,7 @@
 const PAUSE = 1000;
 const TRIES = 12;
 const ENDS = ["completed", "failed", "expired", "cancelled"];
-const EVENTS = ["started", "step", "log", "progress", "warning", "retrying", "sleeping", "waiting", ...ENDS];
+const EVENTS = ["changed", "started", "step", "log", "progress", "warning", "retrying", "sleeping", "waiting", ...ENDS];
 
 export function follow(main) {
   const source = new EventSource(main.dataset.live);
@@ -65,12 +65,27 @@ function busy(part) {
 }
 
 function rows(main, fresh) {
-  const next = new Map([...fresh.querySelectorAll("[data-row]")].map((row) => [row.dataset.row, row]));
-  for (const row of main.querySelectorAll("[data-row]")) {
-    const newer = next.get(row.dataset.row);
+  const list = main.querySelector("[data-list]");
+  if (!list) return;
+  const found = (page) => new Map([...page.querySelectorAll("[data-row]")].map((row) => [row.dataset.row, row]));
+  const shown = found(main);
+  const next = found(fresh);
+  if (shown.size === 0) {
+    // Nothing is under anybody's hands.
+    list.innerHTML = fresh.querySelector("[data-list]").innerHTML;
+    return;
+  }
+  for (const [id, row] of shown) {
+    const newer = next.get(id);
     row.toggleAttribute("data-gone", !newer);
     if (newer && newer.innerHTML !== row.innerHTML && !row.querySelector("input:checked")) {
       row.innerHTML = newer.innerHTML;
     }
   }
+  const chip = main.querySelector("[data-fresh]");
+  if (!chip) return;
+  const late = [...next.keys()].filter((id) => !shown.has(id)).length;
+  const count = Number(fresh.querySelector("[data-fresh]").dataset.fresh) + late;
+  chip.textContent = `${count} new ↑`;
+  chip.hidden = count === 0;
 }

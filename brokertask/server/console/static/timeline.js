@@ -99,6 +99,7 @@ class Timeline extends HTMLElement {
     this.rows = this.errors.checked ? this.spans.filter(failed) : this.spans;
     this.now = now;
     this.scale = scale(this.spans, now, this.collapse.checked);
+    this.port.style.height = `${Math.min(18, Math.max(2, this.rows.length + 0.5)) * ROW}px`;
     this.tall.style.height = `${this.rows.length * ROW}px`;
     this.told.textContent = `${this.rows.length} of ${this.spans.length} spans, ${words(this.scale.last - this.scale.first)}`;
     this.#marks();
@@ -173,10 +174,11 @@ class Timeline extends HTMLElement {
     row.bar.style.left = `${left * 100}%`;
     row.bar.style.width = `${Math.max(0, where(until) - left) * 100}%`;
     row.note.textContent = span.note ? `${took} · ${span.note}` : took;
-    const early = left < 0.6;
-    row.note.style.left = early ? `calc(${where(until) * 100}% + 6px)` : "auto";
-    row.note.style.right = early ? "0" : `calc(${(1 - left) * 100}% + 6px)`;
-    row.note.classList.toggle("before", !early);
+    const right = where(until);
+    const place = right < 0.75 ? "behind" : left > 0.3 ? "before" : "inside";
+    row.note.className = `timeline-note ${place}`;
+    row.note.style.left = place === "before" ? "auto" : `calc(${(place === "behind" ? right : left) * 100}% + 6px)`;
+    row.note.style.right = place === "before" ? `calc(${(1 - left) * 100}% + 6px)` : "0";
   }
 }
 
