@@ -131,8 +131,8 @@ class _Dev:
         try:
             from brokertask.server.service import Server, serving
             from brokertask.server.settings import server_settings
-        except ModuleNotFoundError:
-            self._server = "none: pip install 'brokertask[server]'"
+        except ModuleNotFoundError as error:
+            self._server = f"none: {error.name} is missing; pip install 'brokertask[server]'"
             return
         settings = server_settings()
         if "store_url" not in settings.model_fields_set:

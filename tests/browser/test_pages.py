@@ -14,15 +14,6 @@ RUN_PAGES = (
     *("", "/steps", "/steps/results", "/payload", "/logs", "/related", "/raw"),
     "/edit/redrive",
 )
-    "",
-    "/steps",
-    "/steps/results",
-    "/payload",
-    "/logs",
-    "/related",
-    "/raw",
-    "/edit/redrive",
-)
 PAGES = ("", "runs", "runs?status=waiting", "tasks", "tasks/order", "nothing", "sign-in")
 
 
