@@ -68,6 +68,16 @@ $(BENCH)/client: tests/bench/peers/client.c
 	@command -v gcc >/dev/null && [ -e /usr/include/amqp.h ] || sh infra/setup.sh packages gcc libc6-dev librabbitmq-dev
 	@gcc -O2 -Wall -Wextra -Werror -o $@ $< -lrabbitmq
 
+STORE ?= sqlite
+
+.PHONY: history
+history: setup tools ## Kill servers that record, hold history to the workers' log (STORE=postgresql ARGS=)
+	@.venv/bin/python -m tests.crash.history --store $(STORE) $(ARGS)
+
+.PHONY: bench-history
+bench-history: setup tools ## Time pages and counts of a million runs (STORE=postgresql ARGS=)
+	@.venv/bin/python -m tests.bench.history --store $(STORE) $(ARGS)
+
 .PHONY: rabbitmq
 rabbitmq: ## Start a private RabbitMQ and print its URL
 	@$(PYTHON) infra/rabbitmq/node.py up

@@ -22,8 +22,8 @@ log = logging.getLogger("brokertask.worker")
 
 AHEAD: Final = 10_000
 """Reports that wait to be sent; beyond, the newest are dropped."""
-SENDERS: Final = 16
-"""Reports that wait for their confirm at a time; they share its round trips."""
+SENDERS: Final = 128
+"""Reports that wait for their confirm at a time: as many as keep up with a worker that is busy."""
 FAREWELL: Final = 2.0
 """Seconds that the last of them have when a worker stops."""
 

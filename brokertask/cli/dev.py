@@ -1,4 +1,4 @@
-"""`brokertask dev`: the embedded broker, workers that reload, and a line for each event."""
+"""`brokertask dev`: the embedded broker, a server, workers that reload, a line for each event."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from brokertask.events import (
 from brokertask.settings import DEV_SOCKET, Settings, mask
 from brokertask.supervisor import Report, Supervisor
 from brokertask.topology import Binding, Queue
-from brokertask.transport.memory import MemoryBroker
+from brokertask.transport.memory import MemoryBroker, MemoryTransport
 from brokertask.transport.socket import serve
 
 MARKS: Final = {
@@ -47,6 +47,8 @@ MARKS: Final = {
 SHORT_ID: Final = 8
 """Of a run's id, from its end: it begins with the time, which neighbours share."""
 MAX_ERROR: Final = 200
+STORE: Final = DEV_SOCKET.with_name("dev.db")
+"""What the server writes; of no use without the broker that forgets, to a later server least."""
 
 
 def dev(
@@ -55,24 +57,30 @@ def dev(
         bool, typer.Option(help="Start new processes when a *.py of the app changes.")
     ] = True,
     processes: Processes = 1,
+    server: Annotated[
+        bool, typer.Option(help="Run a server too, if brokertask[server] is installed.")
+    ] = True,
 ) -> None:
-    """Run an app with a broker of its own: not for production.
+    """Run an app with a broker and a server of its own: not for production.
 
-    The broker is inside this process and forgets everything at exit; commands and services that
-    run in this folder use it by themselves. With BROKERTASK_AMQP_URL set, that broker is used.
-    Ctrl-C lets runs finish, a second Ctrl-C stops at once.
+    Both are inside this process and forget everything at exit; commands and services that run in
+    this folder use them by themselves. With BROKERTASK_AMQP_URL set, that broker is used, and
+    whatever servers it has. The HTTP API listens on BROKERTASK_SERVER_BIND. Ctrl-C lets runs
+    finish, a second Ctrl-C stops at once.
     """
     logs.configure(logs.Level.WARNING, logs.Format.TEXT)
-    raise typer.Exit(console.run(lambda: _Dev(app, processes, reload).run()))
+    raise typer.Exit(console.run(lambda: _Dev(app, processes, reload=reload, server=server).run()))
 
 
 class _Dev:
     """One `brokertask dev`, from its start to its end."""
 
-    def __init__(self, spec: str, processes: int, reload: bool) -> None:
+    def __init__(self, spec: str, processes: int, *, reload: bool, server: bool) -> None:
         self._spec = spec
         self._processes = processes
         self._reload = reload
+        self._serves = server
+        self._server = "none"
         self._about: Mapping[str, Any] = {}
         self._known = asyncio.Event()
         self._app = _own_app()
@@ -97,6 +105,8 @@ class _Dev:
                 resources.callback(broker.close)
                 await resources.enter_async_context(await serve(broker, DEV_SOCKET))
                 _ignore_in_git(DEV_SOCKET.parent)
+                if self._serves:
+                    await self._serve(resources, broker)
             await self._listen(resources)
             accompanying = asyncio.create_task(self._accompany(), name="brokertask dev")
             try:
@@ -115,6 +125,27 @@ class _Dev:
         if report.about and not self._about:
             self._about = report.about
             self._known.set()
+
+    async def _serve(self, resources: AsyncExitStack, broker: MemoryBroker) -> None:
+        """Have a server beside the broker: before there are workers, so that it hears of all."""
+        try:
+            from brokertask.server.service import Server, serving
+            from brokertask.server.settings import server_settings
+        except ModuleNotFoundError as error:
+            self._server = f"none: {error.name} is missing; pip install 'brokertask[server]'"
+            return
+        settings = server_settings()
+        if "store_url" not in settings.model_fields_set:
+            _forget()
+            resources.callback(_forget)
+            settings = settings.model_copy(update={"store_url": f"sqlite+aiosqlite:///{STORE}"})
+        server = Server(self._app.settings, settings, MemoryTransport(broker))
+        try:
+            await resources.enter_async_context(serving(server))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{error}, or use --no-server") from error
+        host, _, _ = settings.bind.rpartition(":")
+        self._server = f"http://{host}:{server.site.port}/api/v1"
 
     async def _listen(self, resources: AsyncExitStack) -> None:
         """Print every event of every run, whoever runs it."""
@@ -151,6 +182,7 @@ class _Dev:
                 "Broker": "embedded, in memory: it forgets everything at exit"
                 if self._embedded
                 else f"{mask(self._url)} (BROKERTASK_AMQP_URL), not the embedded one",
+                "Server": self._server,
                 "Worker": f"{self._processes} process(es), {reload}",
                 "Tasks": tasks_at_work(self._about["tasks"]),
                 "Traces": mask(endpoint) if endpoint else "off (OTEL_EXPORTER_OTLP_ENDPOINT)",
@@ -203,6 +235,12 @@ def _changes_of_python() -> Callable[[Path], Any]:
             "reload needs watchfiles: pip install 'brokertask[reload]', or use --no-reload"
         ) from None
     return lambda folder: awatch(folder, watch_filter=PythonFilter())
+
+
+def _forget() -> None:
+    """Delete the store, which one that was killed may have left, too."""
+    for path in STORE.parent.glob(f"{STORE.name}*"):
+        path.unlink()
 
 
 def _ignore_in_git(folder: Path) -> None:

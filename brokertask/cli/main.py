@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from brokertask import __version__
-from brokertask.cli import control, dead, queues, runs, schedules, tokens, topology, waits
+from brokertask.cli import (
+    bulk,
+    control,
+    dead,
+    queues,
+    runs,
+    schedules,
+    tokens,
+    topology,
+    waits,
+    workers,
+)
 from brokertask.cli.asyncapi import asyncapi
 from brokertask.cli.dev import dev
 from brokertask.cli.doctor import doctor
@@ -48,13 +59,15 @@ def common(
     """
 
 
-for command in (dev, worker, server, migrate, trigger, doctor, permissions, asyncapi):
+for command in (dev, worker, server, migrate, trigger, runs.why, doctor, permissions, asyncapi):
     app.command()(command)
 app.add_typer(dead.app, name="dead")
 app.add_typer(topology.app, name="topology")
 app.add_typer(waits.app, name="waits")
 app.add_typer(schedules.app, name="schedules")
 app.add_typer(queues.app, name="queues")
+app.add_typer(workers.app, name="workers")
+app.add_typer(bulk.app, name="bulk")
 runs.app.command()(control.cancel)
 app.add_typer(runs.app, name="runs")
 app.add_typer(control.app, name="tasks")

@@ -131,7 +131,7 @@ class Remote:
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise ServerUnavailable(
                 f"no answer of a `brokertask server` from {url.scheme}://{url.netloc}: {error}; "
-                f"start one, or set {URL_VARIABLE}"
+                f"start one, or `brokertask dev`, or set {URL_VARIABLE}"
             ) from error
         finally:
             connection.close()

@@ -14,6 +14,7 @@ import typer
 from brokertask.cli import console
 from brokertask.cli.broker import read_json
 from brokertask.cli.console import Exit, printable
+from brokertask.cli.letters import instant
 from brokertask.cli.remote import Remote, part
 from brokertask.cli.worker import parse_duration
 from brokertask.durations import readable
@@ -53,7 +54,7 @@ def list_runs(
     as_json: console.Json = False,
 ) -> None:
     """List runs, the latest triggered first."""
-    query = asked(lambda _: _query(statuses, task, tags, since, error, parent))
+    query = asked(lambda _: wanted(statuses, task, tags, since, error, parent))
     runs = asked(lambda remote: list(remote.pages("/runs", limit=limit, **query)))
     if as_json:
         console.show_json(runs)
@@ -99,6 +100,34 @@ def watch(run_id: RunId, as_json: console.Json = False) -> None:
         return last
 
     raise typer.Exit(Exit.OK if asked(follow) == "completed" else Exit.FAILED)
+
+
+@app.command()
+def logs(
+    run_id: RunId,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="At most so many lines.")] = 1000,
+    as_json: console.Json = False,
+) -> None:
+    """Print what a run has written to its log, the first line first."""
+    path = f"/runs/{part(run_id)}/logs"
+    lines = asked(lambda remote: list(remote.pages(path, limit=limit)))
+    if as_json:
+        console.show_json(lines)
+        return
+    for line in lines:
+        told = f"{instant(line['at_ms'])}  {line['level']:<8} {line['text']}"
+        console.out.print(printable(told))
+
+
+def why(run_id: RunId, as_json: console.Json = False) -> None:
+    """Explain what a run waits for: a time, a token, a slot, a worker, somebody's order."""
+    found = asked(lambda remote: remote.get(f"/runs/{part(run_id)}/why"))
+    if as_json:
+        console.show_json(found)
+        return
+    console.out.print(printable(f"{found['task']}  {found['run_id']}  {found['status']}"))
+    for reason in found["reasons"]:
+        console.out.print(printable(f"  {reason['what']}"))
 
 
 @app.command()
@@ -172,7 +201,7 @@ def export(
     """Print all runs that the filters take, one JSON object a line."""
 
     def each(remote: Remote) -> None:
-        query = _query(statuses, task, tags, since, error, parent)
+        query = wanted(statuses, task, tags, since, error, parent)
         for run in remote.pages("/runs", **query):
             sys.stdout.write(json.dumps(run) + "\n")
 
@@ -189,7 +218,7 @@ def asked(work: Callable[[Remote], T]) -> T:
         raise typer.Exit(Exit.INTERRUPTED) from None
 
 
-def _query(
+def wanted(
     statuses: list[str] | None,
     task: str | None,
     tags: list[str] | None,
@@ -197,6 +226,11 @@ def _query(
     error: str | None,
     parent: str | None,
 ) -> dict[str, Any]:
+    """Return which runs the filters of a command take, as a server is asked for them.
+
+    Raises:
+        InvalidOption: `since` is no duration.
+    """
     since_ms = None
     if since is not None:
         since_ms = time.time_ns() // 1_000_000 - round(parse_duration(since) * 1000)

@@ -63,7 +63,7 @@ class Asks:
             asked = select(asks.c.run_id, asks.c.reply_to, endings.c.body).join(
                 endings, endings.c.run_id == asks.c.run_id
             )
-            async with self._resources.store.begin() as connection:
+            async with self._resources.store.read() as connection:
                 found = list(await connection.execute(asked.where(asks.c.run_id.in_(part))))
             if not found:
                 continue

@@ -13,7 +13,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias, get_args
 
-from sqlalchemy import Subquery, and_, case, func, insert, literal, or_, select, tuple_, update
+from sqlalchemy import (
+    Subquery,
+    and_,
+    case,
+    delete,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from brokertask.events import ENDS
@@ -27,7 +39,7 @@ State: TypeAlias = Literal["waiting", "sent", "done", "skipped", "failed"]
 STATES: Final[tuple[State, ...]] = get_args(State)
 OPEN: Final[tuple[State, ...]] = ("waiting", "sent")
 MAX_SELECTED: Final = 50_000
-CLAIM_MS: Final = 60_000
+CLAIM_MS: Final = 15_000
 """A server that has said nothing for so long works on a job no longer."""
 _FAILED: Final = ("failed",)
 _TAKEN: Final[Mapping[Action, tuple[str, ...]]] = {
@@ -221,6 +233,15 @@ async def discarded(connection: AsyncConnection, run_id: str, *, now_ms: int) ->
     """Write into history that a dead run is in the dead letters no longer."""
     dead = update(runs).where(runs.c.run_id == run_id, runs.c.status == "failed")
     await connection.execute(dead.values(discarded_ms=now_ms))
+
+
+async def forget(connection: AsyncConnection, *, before_ms: int) -> None:
+    """Delete one job that ended before, with what became of its runs; the others come next."""
+    ended = select(bulk_jobs.c.id).where(bulk_jobs.c.ended_ms < before_ms)
+    job = await connection.scalar(ended.order_by(bulk_jobs.c.created_ms).limit(1))
+    if job is not None:
+        await connection.execute(delete(bulk_items).where(bulk_items.c.job == job))
+        await connection.execute(delete(bulk_jobs).where(bulk_jobs.c.id == job))
 
 
 async def listed(

@@ -137,7 +137,10 @@ def _recent(task: str | None, since_ms: int) -> Select[Any]:
     recent = select(
         runs.c.task, runs.c.status, runs.c.attempt, runs.c.ended_ms, runs.c.triggered_ms
     ).where(runs.c.ended_ms >= since_ms)
-    return recent if task is None else recent.where(runs.c.task == task)
+    if task is not None:
+        recent = recent.where(runs.c.task == task)
+    # With a limit, a database reads the latest ends, and not each task's to have them grouped.
+    return recent.order_by(runs.c.ended_ms.desc()).limit(MAX_ENDS)
 
 
 async def _since(connection: AsyncConnection, task: str | None, since_ms: int) -> int:
@@ -168,14 +171,15 @@ async def _times(
     connection: AsyncConnection, task: str | None, since_ms: int
 ) -> Mapping[str, tuple[int, int]]:
     """Return the middle and the 95th of a hundred durations by task, of completed runs."""
-    recent = _recent(task, since_ms).where(runs.c.status == "completed").subquery()
+    recent = _recent(task, since_ms).subquery()
     took = (recent.c.ended_ms - recent.c.triggered_ms).label("took")
-    ranked = select(
+    every = select(
         recent.c.task,
         took,
         func.row_number().over(partition_by=recent.c.task, order_by=took).label("place"),
         func.count().over(partition_by=recent.c.task).label("total"),
-    ).subquery()
+    )
+    ranked = every.where(recent.c.status == "completed").subquery()
     # The first of which at least so many in a hundred took no longer.
     middle = func.min(case((ranked.c.place * 2 >= ranked.c.total, ranked.c.took)))
     slow = func.min(case((ranked.c.place * 100 >= ranked.c.total * 95, ranked.c.took)))

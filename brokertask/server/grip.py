@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+from types import TracebackType
 from typing import Final
 
+from brokertask.errors import BrokertaskError
 from brokertask.server import bulk
 from brokertask.server.bulk import Job
 from brokertask.server.resources import Resources
 
-LOOK_MS: Final = 1_000
-"""How soon an abort takes effect."""
+LOOK: Final = 1.0
+"""Seconds after which an abort takes effect; a fraction of what a claim lasts."""
 
 
 class Grip:
-    """Holds one job.
+    """Holds one job inside its block.
 
     Attributes:
         held: Whether the job goes on here: it was neither aborted nor taken by another server.
@@ -23,9 +26,23 @@ class Grip:
         self._resources = resources
         self._job = job
         self._server = server
-        self._looked_ms = resources.clock.now_ms()
-        self._due_ms = float(self._looked_ms)
+        self._due_ms = float(resources.clock.now_ms())
+        self._keeping: asyncio.Task[None] | None = None
         self.held = True
+
+    async def __aenter__(self) -> Grip:
+        self._keeping = asyncio.create_task(self._keep())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
 
     async def turn(self, count: int = 1) -> bool:
         """Return when so many runs more may be acted on; False if the job does not go on here."""
@@ -34,16 +51,19 @@ class Grip:
             # Time that was lost is not made up for: the pace is what others must bear.
             self._due_ms = max(self._due_ms, clock.now_ms() - 1000 / rate) + 1000 * count / rate
             while self.held and (left_ms := self._due_ms - clock.now_ms()) > 0:
-                await clock.sleep(min(left_ms, LOOK_MS) / 1000)
-                await self._look()
-        await self._look()
+                await clock.sleep(min(left_ms / 1000, LOOK))
         return self.held
 
-    async def _look(self) -> None:
-        now_ms = self._resources.clock.now_ms()
-        if not self.held or now_ms < self._looked_ms + LOOK_MS:
-            return
-        self._looked_ms = now_ms
-        async with self._resources.store.begin() as connection:
-            state = await bulk.keep(connection, self._job.id, server=self._server, now_ms=now_ms)
-        self.held = state == ("aborting" if self._job.aborting else "running")
+    async def _keep(self) -> None:
+        wanted = "aborting" if self._job.aborting else "running"
+        while self.held:
+            await asyncio.sleep(LOOK)
+            now_ms = self._resources.clock.now_ms()
+            try:
+                async with self._resources.store.begin() as connection:
+                    state = await bulk.keep(
+                        connection, self._job.id, server=self._server, now_ms=now_ms
+                    )
+            except BrokertaskError:
+                state = None
+            self.held = state == wanted

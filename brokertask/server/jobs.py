@@ -1,7 +1,7 @@
 """The part of a server that works off jobs over many runs, some side by side.
 
-A job is one server's at a time; when that dies, another one goes on with it after a minute. What is
-done to a run is written in the transaction that does it, or before it: see `letters`.
+A job is one server's at a time; when that dies, another one goes on with it after 15 seconds. What
+is done to a run is written in the transaction that does it, or before it: see `letters`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Jobs:
                 await asyncio.sleep(POLL)
                 continue
             try:
-                await self._do(job, Grip(resources, job, server=server))
+                async with Grip(resources, job, server=server) as grip:
+                    await self._do(job, grip)
             finally:
                 with suppress(BrokertaskError):
                     async with resources.store.begin() as connection:

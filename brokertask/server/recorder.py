@@ -53,7 +53,7 @@ class Recorder:
 
     async def run(self) -> None:
         """Take in what comes, until cancelled."""
-        async with self._resources.store.begin() as connection:
+        async with self._resources.store.read() as connection:
             known = await history.tasks(connection)
         await self._bind(known)
         async with asyncio.TaskGroup() as group:

@@ -15,7 +15,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from brokertask.clock import Clock
-from brokertask.server import details, parking, workers
+from brokertask.server import bulk, details, parking, workers
 from brokertask.server.resources import Store
 from brokertask.server.store.schema import attempts, run_tags, runs
 
@@ -53,6 +53,7 @@ class Retention:
         async with store.begin() as connection:
             await parking.forget(connection, [], before_ms=before_ms)
             await workers.forget(connection, now_ms=now_ms)
+            await bulk.forget(connection, before_ms=before_ms)
         if self._keep_runs is not None:
             async with store.read() as connection:
                 last_ms = await _last_kept(connection, self._keep_runs)

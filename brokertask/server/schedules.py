@@ -192,20 +192,20 @@ class Schedules:
     async def listed(self, *, after: str = "", limit: int = 100) -> list[Shown]:
         """Return schedules by name, those later in the alphabet than `after`."""
         rows = select(schedules).where(schedules.c.name > after)
-        async with self._resources.store.begin() as connection:
+        async with self._resources.store.read() as connection:
             found = await connection.execute(rows.order_by(schedules.c.name).limit(limit))
             return [_shown(row) for row in found]
 
     async def show(self, name: str) -> Shown | None:
         """Return a schedule, or None."""
-        async with self._resources.store.begin() as connection:
+        async with self._resources.store.read() as connection:
             held = await self._row(connection, name, lock=False)
         return None if held is None else _shown(held)
 
     async def history(self, name: str) -> list[Mapping[str, Any]]:
         """Return what became of the latest ticks of a schedule, latest first."""
         rows = select(ticks).where(ticks.c.schedule == name)
-        async with self._resources.store.begin() as connection:
+        async with self._resources.store.read() as connection:
             found = await connection.execute(
                 rows.order_by(ticks.c.tick_ms.desc()).limit(SHOWN_TICKS)
             )
@@ -219,7 +219,7 @@ class Schedules:
         Raises:
             InvalidOption: This server does not understand it.
         """
-        async with self._resources.store.begin() as connection:
+        async with self._resources.store.read() as connection:
             held = await self._row(connection, name, lock=False)
         if held is None:
             return None

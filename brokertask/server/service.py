@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import Final, Protocol
 
 from brokertask.claims import Claims
-from brokertask.clock import SystemClock
+from brokertask.clock import Clock, SystemClock
 from brokertask.errors import AccessDenied, BrokertaskError, ConfigurationError, StoreOutdated
 from brokertask.server.admission import Admissions
 from brokertask.server.asks import Asks
@@ -45,18 +46,59 @@ class Part(Protocol):
 
 
 class Server:
-    """Runs a server on an open or closed transport, until stopped."""
+    """Runs a server on an open or closed transport, until stopped.
+
+    Attributes:
+        resources: What its parts share; usable once it has `started`.
+        waits: Its part that keeps runs which wait.
+        schedules: Its part that triggers what is scheduled.
+        site: Its part that serves the API.
+    """
 
     def __init__(
-        self, settings: Settings, server_settings: ServerSettings, transport: Transport
+        self,
+        settings: Settings,
+        server_settings: ServerSettings,
+        transport: Transport,
+        *,
+        clock: Clock | None = None,
+        api: bool = True,
     ) -> None:
         self._settings = settings
         self._server_settings = server_settings
         self._transport = transport
+        self._api = api
         self._stopping = asyncio.Event()
-        self.site: Site | None = None
-        self.resources: Resources | None = None
+        self._store = Database(server_settings.store_url)
+        self._outbox = Outbox()
+        self.resources = resources = Resources(
+            store=self._store,
+            outbox=self._outbox,
+            transport=transport,
+            broker_settings=settings,
+            clock=clock or SystemClock(),
+            claims=Claims(settings.payload_store, above=settings.claim_above_bytes),
+        )
+        self.waits = Waits(resources)
+        self.schedules = Schedules(replace(resources, clock=resources.clock.background()))
+        self.site = Site(
+            resources,
+            address=Address.read(server_settings.bind),
+            hosts=server_settings.allowed_hosts,
+            trace_url=server_settings.trace_url,
+        )
         self.started = asyncio.Event()
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether no part is at work on what it has taken in."""
+        return not (self._store.busy or self._outbox.busy)
+
+    async def ready(self) -> None:
+        """Return when its parts run, and its API listens, if it has one."""
+        await self.started.wait()
+        if self._api:
+            await self.site.listening.wait()
 
     def stop(self) -> None:
         """Have `run` return when everything has stopped in order."""
@@ -69,16 +111,15 @@ class Server:
             BrokertaskError: The store or the broker cannot be used at the start, or an address.
         """
         async with AsyncExitStack() as stack:
-            store = Database(self._server_settings.store_url)
-            stack.push_async_callback(store.close)
-            await store.open()
+            stack.push_async_callback(self._store.close)
+            await self._store.open()
+            self.resources.claims.open()
             await self._transport.open(timeout=self._settings.connect_timeout)
             stack.push_async_callback(self._transport.close)
             await self._declare()
-            parts = self._parts(store)
             tasks = [
                 asyncio.create_task(_kept_running(name, part), name=f"brokertask {name}")
-                for name, part in parts.items()
+                for name, part in self._parts().items()
             ]
             stopping = asyncio.create_task(self._stopping.wait())
             self.started.set()
@@ -92,43 +133,26 @@ class Server:
                 if not task.cancelled() and (problem := task.exception()) is not None:
                     raise problem
 
-    def _parts(self, store: Database) -> Mapping[str, Part]:
+    def _parts(self) -> Mapping[str, Part]:
         """Return every part; this is the place where they are listed."""
-        outbox = Outbox()
-        claims = Claims(self._settings.payload_store, above=self._settings.claim_above_bytes)
-        claims.open()
-        self.resources = resources = Resources(
-            store=store,
-            outbox=outbox,
-            transport=self._transport,
-            broker_settings=self._settings,
-            clock=SystemClock(),
-            claims=claims,
-        )
-        waits, asks = Waits(resources), Asks(resources)
-        self.site = Site(
-            resources,
-            address=Address.read(self._server_settings.bind),
-            hosts=self._server_settings.allowed_hosts,
-            trace_url=self._server_settings.trace_url,
-        )
-        return {
-            "outbox": _Publishing(outbox, resources),
-            "waits": waits,
+        resources, asks = self.resources, Asks(self.resources)
+        parts: dict[str, Part] = {
+            "outbox": _Publishing(self._outbox, resources),
+            "waits": self.waits,
             "asks": asks,
             "admissions": Admissions(resources),
-            "schedules": Schedules(resources),
-            "recorder": Recorder(resources, waits, asks),
+            "schedules": self.schedules,
+            "recorder": Recorder(resources, self.waits, asks),
             "retention": Retention(
-                store,
+                self._store,
                 resources.clock,
                 keep_for=self._server_settings.keep_for,
                 keep_runs=self._server_settings.keep_runs,
             ),
-            "control": Control(resources, waits),
+            "control": Control(resources, self.waits),
             "jobs": Jobs(resources),
-            "api": self.site,
         }
+        return {**parts, "api": self.site} if self._api else parts
 
     async def _declare(self) -> None:
         if not self._settings.declare:
@@ -139,6 +163,25 @@ class Server:
                 await self._transport.declare(each)
             except AccessDenied as error:
                 log.warning("what servers need is not declared: %s", error)
+
+
+@asynccontextmanager
+async def serving(server: Server) -> AsyncIterator[Server]:
+    """Have a server run inside the block, which begins when its API listens, if it has one.
+
+    Raises:
+        BrokertaskError: It cannot start.
+    """
+    running = asyncio.create_task(server.run(), name="brokertask server")
+    ready = asyncio.create_task(server.ready())
+    try:
+        await asyncio.wait({running, ready}, return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            yield server
+    finally:
+        ready.cancel()
+        server.stop()
+        await running
 
 
 class _Publishing:

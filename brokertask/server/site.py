@@ -187,7 +187,7 @@ class Site:
             self.listening.clear()
 
     async def _check_tokens(self) -> None:
-        async with self._resources.store.begin() as connection:
+        async with self._resources.store.read() as connection:
             now_ms = self._resources.clock.now_ms()
             tokens = await auth.list_tokens(connection)
         if not any(token.valid(now_ms) for token in tokens):

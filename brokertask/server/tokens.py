@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal, TypeAlias
 
-from sqlalchemy import and_, or_, select, update
+from sqlalchemy import and_, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from brokertask.server.parking import WAITING
@@ -15,6 +15,14 @@ from brokertask.wait import SECRET, Wait
 
 MAX_VALUE_BYTES: Final = 65_536
 """Of what a token is completed with: it becomes part of the run's memory."""
+MAX_EARLY: Final = 1_000
+"""Callbacks that are kept before anybody has heard of their token: whoever calls needs no right."""
+MAX_EARLY_BYTES: Final = 4_096
+"""Of what such a callback brings; once its token is known, it may bring as much as any other."""
+EARLY_MS: Final = 3_600_000
+"""How long such a callback is kept: its run is on its way to a server."""
+CALLBACK: Final = "callback"
+"""Who decides by a secret alone."""
 Answer: TypeAlias = Literal["done", "repeated", "late", "too_large", "unknown"]
 """What came of a decision: taken; the same as before; another was before, or its time has run
 out; too large; no token has such an id."""
@@ -66,6 +74,8 @@ async def _decide(
     if not token.startswith(f"{SECRET}_"):
         return "unknown"
     values = {**decision, "decided_ms": now_ms, "decided_by": by}
+    if by == CALLBACK and not await _may_keep(connection, token, decision, now_ms):
+        return "unknown"
     # Nobody may have heard of it yet: then this is kept until the run comes to wait for it.
     await put(connection, tokens, [{"id": token, "created_ms": now_ms, **values}])
     open_one = and_(tokens.c.id == token, tokens.c.state == WAITING)
@@ -74,6 +84,18 @@ async def _decide(
     if any(getattr(row, name) != value for name, value in decision.items()):
         return "late"
     return "done" if (row.decided_ms, row.decided_by) == (now_ms, by) else "repeated"
+
+
+async def _may_keep(
+    connection: AsyncConnection, token: str, decision: dict[str, Any], now_ms: int
+) -> bool:
+    """Whether a token is known, or there is room for a callback that comes before it."""
+    if await connection.scalar(select(tokens.c.id).where(tokens.c.id == token)) is not None:
+        return True
+    early = and_(tokens.c.run_id.is_(None), tokens.c.decided_by == CALLBACK)
+    await connection.execute(delete(tokens).where(early, tokens.c.created_ms < now_ms - EARLY_MS))
+    kept = await connection.scalar(select(func.count()).select_from(tokens).where(early)) or 0
+    return kept < MAX_EARLY and len(decision.get("value", b"")) <= MAX_EARLY_BYTES
 
 
 async def listed(

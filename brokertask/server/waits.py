@@ -54,7 +54,7 @@ class Waits:
 
     async def came(self, kind: str, subjects: Iterable[str]) -> None:
         """Send on whoever waited for these: `run`, `token` or `event`; they are written."""
-        async with self._resources.store.begin() as connection:
+        async with self._resources.store.read() as connection:
             run_ids = await parking.waiting_for(connection, kind, subjects)
         await self.look(run_ids)
 
@@ -71,8 +71,11 @@ class Waits:
         return answer
 
     async def call_back(self, secret: str, value: object) -> tokens.Answer:
-        """Complete the token that somebody has the secret of, as `complete` does."""
-        return await self.complete(token_id(secret), value, by="callback")
+        """Complete the token that somebody has the secret of, as `complete` does.
+
+        Before the token is known, little is kept, of few, for an hour: the answer is `unknown`.
+        """
+        return await self.complete(token_id(secret), value, by=tokens.CALLBACK)
 
     async def reject(self, token: str, reason: str, *, by: str) -> tokens.Answer:
         """Reject a token, and send on who waits for it: it gets the reason."""
@@ -189,7 +192,7 @@ class Waits:
         resources, clock = self._resources, self._resources.clock
         while True:
             self._sooner.clear()
-            async with resources.store.begin() as connection:
+            async with resources.store.read() as connection:
                 late = await parking.due(connection, clock.now_ms())
                 next_ms = None if late else await parking.next_due(connection)
             if late:

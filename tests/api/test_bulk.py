@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -14,9 +15,15 @@ import pytest
 from brokertask import Abort, App, Context, Settings
 from brokertask.deadletter import Filter
 from brokertask.deadletters import Selection
+from brokertask.server import bulk
+from brokertask.server.bulk import Action, Job
+from brokertask.server.history import RunFilter
 from tests.api.stage import Stage, stage
+from tests.api.test_cli import Say, say
 from tests.api.test_runs import LONG
 from tests.flow.deciding import until
+
+__all__ = ["say"]  # A fixture.
 
 pytestmark = pytest.mark.anyio
 
@@ -118,7 +125,6 @@ async def test_dead_runs_are_previewed_redriven_and_end_once() -> None:
         select = {"task": "charge", "fingerprint": group["fingerprint"]}
         preview = (await client.get("/bulk/preview/redrive", params=select)).json()
         assert (preview["count"], preview["by_task"]) == (20, {"charge": 20})
-        assert set(preview["first"]) == set(run_ids[:10])
         wrong = await client.post(
             "/bulk/start/redrive", json={"select": select, "expected": 19, "reason": "mended"}
         )
@@ -133,6 +139,7 @@ async def test_dead_runs_are_previewed_redriven_and_end_once() -> None:
         told = await items(client, job)
         assert [one["number"] for one in told] == list(range(1, 21))
         assert {one["run_id"] for one in told} == set(run_ids)
+        assert [one["run_id"] for one in told[:10]] == preview["first"]
         assert (await client.get("/dead")).json()["groups"] == []
         (entry, refused) = [
             one
@@ -283,3 +290,108 @@ async def test_a_viewer_may_look_and_not_act() -> None:
         body = {"select": {}, "expected": 1}
         assert (await client.post("/bulk/start/discard", json=body)).status_code == 403
         assert (await client.post("/bulk/jobs/x/abort", json={})).status_code == 403
+
+
+async def test_a_job_is_started_followed_and_explained_on_the_command_line(
+    say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = Shop()
+    async with working(shop) as (staged, client):
+        assert staged.server.site is not None
+        url = f"http://127.0.0.1:{staged.server.site.port}"
+        monkeypatch.setenv("BROKERTASK_SERVER_URL", url)
+        run_ids = await dead(shop, client, 3)
+        explained = (await say("why", run_ids[0])).output
+        assert "somebody who redrives or discards it: it is dead (aborted), by Abort" in explained
+        filters = ("--task", "charge", "--error", "no bank", "--since", "1h")
+        tried = await say("bulk", "start", "redrive", *filters, "--dry-run")
+        assert (tried.exit_code, tried.output.split()[-2:]) == (0, ["charge", "3"])
+        assert (await say("bulk", "start", "redrive", *filters)).exit_code == 2
+        assert (await say("bulk", "list")).output.strip() == "no jobs"
+        shop.mended = True
+        began = await say("bulk", "start", "redrive", *filters, "--rate", "50/s", "--yes")
+        assert began.exit_code == 0, began.output
+        identity = began.output.strip()
+        await ended(client, {"id": identity})
+        shown = json.loads((await say("bulk", "show", identity, "--json")).output)
+        assert (shown["counts"]["done"], shown["rate"], shown["items"]) == (3, 50, [])
+        assert identity in (await say("bulk", "list")).output
+        assert (await say("bulk", "abort", identity)).exit_code == 6
+        none = await say("bulk", "start", "discard", "--yes")
+        assert "cannot be done" in none.output
+        (worker,) = json.loads((await say("workers", "list", "--json")).output)
+        assert worker["worker"] in (await say("workers", "list")).output
+        assert (await say("workers", "drain", worker["worker"])).exit_code == 0
+        await until_counted(client, "completed", 3)
+        assert "it has completed" in (await say("why", run_ids[0])).output
+        assert (await say("runs", "logs", run_ids[0])).output == ""
+        assert (await say("why", "nothing")).exit_code == 6
+
+
+async def begun_before(
+    staged: Stage, action: Action, *, redrives: int | None = None, aborted: bool = False
+) -> dict[str, Any]:
+    """Leave a job as a server does that dies in the middle of its only run."""
+    job = Job(id="left", action=action, reason="", rate=None, options={})
+    async with staged.resources.store.begin() as connection:
+        assert await bulk.create(connection, job, RunFilter(), now_ms=1, by="ada") == 1
+        (item,) = await bulk.next_items(connection, job, states=bulk.OPEN, limit=2)
+        await bulk.move(connection, item, "sent", now_ms=1, redrives=redrives)
+        if aborted:
+            await bulk.abort(connection, job.id)
+    return {"id": job.id}
+
+
+async def letters(client: httpx.AsyncClient) -> int:
+    queues = {one["queue"]: one for one in (await client.get("/queues")).json()}
+    return int(queues["bt.dead.charge"]["ready"])
+
+
+@pytest.mark.parametrize("aborted", [False, True])
+async def test_what_was_sent_before_a_crash_is_not_sent_again(aborted: bool) -> None:
+    shop = Shop()
+    async with working(shop) as (staged, client):
+        await dead(shop, client, 1)
+        shop.mended = True
+        job = await begun_before(staged, "redrive", redrives=0, aborted=aborted)
+        found = await ended(client, job)
+        assert found["counts"] == counts(done=1)
+        assert found["state"] == ("aborted" if aborted else "done")
+        # A run that comes after it: by then, one that was sent again would have been done.
+        assert await (await shop.charge.trigger(7)).result(timeout=LONG) == 7
+        assert [number for _, number in shop.done] == [7]
+        assert await letters(client) == 0
+
+
+async def test_what_died_again_after_a_crash_stays_among_the_dead() -> None:
+    shop = Shop()
+    async with working(shop) as (staged, client):
+        (run_id,) = await dead(shop, client, 1)
+        await client.post(f"/runs/{run_id}/redrive", json={})
+
+        async def again() -> bool:
+            row = (await client.get(f"/runs/{run_id}")).json()
+            return bool((row["status"], row["redrives"]) == ("failed", 1))
+
+        await until(again)
+        shop.mended = True
+        job = await begun_before(staged, "redrive", redrives=0)
+        assert (await ended(client, job))["counts"] == counts(done=1)
+        assert await letters(client) == 1
+        assert shop.done == []
+
+
+async def test_a_discard_that_was_begun_is_finished_or_called_off() -> None:
+    shop = Shop()
+    async with working(shop) as (staged, client):
+        await dead(shop, client, 1)
+        job = await begun_before(staged, "discard", aborted=True)
+        found = await ended(client, job)
+        assert (found["state"], found["counts"]) == ("aborted", counts(waiting=1))
+        assert await letters(client) == 1
+        async with staged.resources.store.begin() as connection:
+            await bulk.forget(connection, before_ms=2**53)
+        job = await begun_before(staged, "discard")
+        assert (await ended(client, job))["counts"] == counts(done=1)
+        assert await letters(client) == 0
+        assert (await client.get("/dead")).json()["groups"] == []

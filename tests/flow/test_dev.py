@@ -61,9 +61,9 @@ async def folder(tmp_path: Path) -> Path:
 async def dev(
     folder: Path, *arguments: str, app: str = "tasks:app", **environment: str
 ) -> AsyncIterator[Command]:
-    async with brokertask(
-        "dev", app, *arguments, folder=folder, environment=environment
-    ) as command:
+    # Wherever there is room: other tests run beside this one.
+    own = {"BROKERTASK_SERVER_BIND": "127.0.0.1:0"} | environment
+    async with brokertask("dev", app, *arguments, folder=folder, environment=own) as command:
         yield command
 
 

@@ -54,7 +54,7 @@ async def worker_processes(count: int, url: str) -> AsyncIterator[Process]:
     environment["PYTHONPATH"] = os.pathsep.join(place for place in places if place)
     words = ["worker", APP, "--log-level", "warning"]
     if url == EMBEDDED:
-        words = ["dev", APP, "--no-reload"]
+        words = ["dev", APP, "--no-reload", "--no-server"]
         del environment[URL_VARIABLE]
     ACCESS_LOG.unlink(missing_ok=True)
     with LOG.open("wb") as log:

@@ -26,6 +26,7 @@ from brokertask.server.api import (
     tasks,
     triggers,
     waits,
+    why,
     workers,
 )
 from brokertask.server.api.gate import Gate
@@ -40,7 +41,7 @@ from brokertask.server.resources import Resources
 OPERATIONS: Final[tuple[Operation, ...]] = tuple(
     operation
     for module in (
-        *(triggers, runs, beginnings, details, results, control, tasks, waits, schedules),
+        *(triggers, runs, beginnings, details, why, results, control, tasks, waits, schedules),
         *(workers, figures, bulk, system),
     )
     for operation in module.routes.operations

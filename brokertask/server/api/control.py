@@ -46,7 +46,7 @@ async def cancel_run(call: Call, run_id: RunId, body: Cancellation) -> Said:
     One that runs is told so and has a while to end; one that waits ends at once; any other when its
     message comes up, at the end of its delay or its sleep.
     """
-    async with call.resources.store.begin() as connection:
+    async with call.resources.store.read() as connection:
         row = await history.shown(connection, run_id)
     status = None if row is None else str(row["status"])
     if status in ENDS:

@@ -15,7 +15,14 @@ from starlette.responses import Response
 from brokertask.errors import BrokertaskError, EnvelopeError
 from brokertask.identity import uuid7
 from brokertask.server.api import audit
-from brokertask.server.api.auth import LOCAL, Principal, closed, principal_of
+from brokertask.server.api.auth import (
+    LOCAL,
+    USED_EVERY_MS,
+    Principal,
+    closed,
+    note_use,
+    principal_of,
+)
 from brokertask.server.api.guard import Rates, read_body
 from brokertask.server.api.operations import Call, Operation
 from brokertask.server.api.problems import Problem, invalid_values, problem_of
@@ -56,6 +63,7 @@ class Gate:
         self.max_body = max_body
         self._rates = rates
         self._state = state
+        self._noted_ms: dict[str, int] = {}
 
     async def serve(self, operation: Operation, request: Request) -> Response:
         """Return the answer to a request: of the handler, or a problem."""
@@ -117,8 +125,8 @@ class Gate:
             self.take(request, NOBODY)
             return NOBODY
         authorization = request.headers.get("authorization")
-        async with self.resources.store.begin() as connection:
-            now_ms = self.resources.clock.now_ms()
+        now_ms = self.resources.clock.now_ms()
+        async with self.resources.store.read() as connection:
             principal = await principal_of(connection, authorization, now_ms=now_ms)
             if principal is None and authorization is None:
                 principal = await self.local(connection)
@@ -130,7 +138,17 @@ class Gate:
                 "expired; `brokertask tokens create` makes one",
                 headers={"www-authenticate": 'Bearer realm="brokertask"'},
             )
+        await self._note(principal, now_ms)
         return principal
+
+    async def _note(self, principal: Principal, now_ms: int) -> None:
+        """Write that a token is in use, once a minute: any more, and each reader would write."""
+        token = principal.token
+        if token is None or now_ms - self._noted_ms.get(token, 0) < USED_EVERY_MS:
+            return
+        self._noted_ms[token] = now_ms
+        async with self.resources.store.begin() as connection:
+            await note_use(connection, token, now_ms=now_ms)
 
     async def _body(self, model: type[BaseModel], request: Request) -> BaseModel:
         kind = kind_of(request.headers.get("content-type", ""))

@@ -19,6 +19,7 @@ from brokertask.server.api.operations import Call, Routes, RunId, Strict, TaskId
 from brokertask.server.api.problems import Kind, Problem
 from brokertask.server.api.shown import shown_body
 from brokertask.server.api.stream import BEAT, BEATING, EVENT_STREAM, Stopping, Stream, sent
+from brokertask.server.redactor import redact
 from brokertask.server.resources import Resources
 from brokertask.server.store.schema import endings, runs
 from brokertask.values import MSGPACK, encode
@@ -226,7 +227,7 @@ async def _next(heard: Heard, limit: float) -> Event | None:
 async def _ending(resources: Resources, run_id: str) -> Event | None:
     """Return the end of a run; None if there is none yet, or it was redriven since."""
     query = select(endings.c.body, runs.c.status).where(endings.c.run_id == run_id)
-    async with resources.store.begin() as connection:
+    async with resources.store.read() as connection:
         row = (
             await connection.execute(query.outerjoin(runs, runs.c.run_id == endings.c.run_id))
         ).one_or_none()
@@ -241,7 +242,7 @@ async def _shown(resources: Resources, event: Event) -> Ending:
         body = event.result or _NIL
         if event.claim is not None:
             body = await resources.claims.get(event.claim)
-        result = shown_body(body, MSGPACK)
+        result = redact(shown_body(body, MSGPACK))
     return Ending(
         run_id=event.run_id,
         task=event.task,

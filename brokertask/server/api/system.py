@@ -73,7 +73,7 @@ async def list_servers(call: Call) -> list[ServerView]:
 async def list_audit(call: Call, query: PageQuery) -> Page[Entry]:
     """List actions, and payloads that were shown, the latest first."""
     before = keys_of(query.cursor, (int, str)) if query.cursor else None
-    async with call.resources.store.begin() as connection:
+    async with call.resources.store.read() as connection:
         rows = await audit.listed(
             connection,
             before=None if before is None else (before[0], before[1]),

@@ -51,7 +51,7 @@ class QueueView(BaseModel):
 @routes.get("/tasks")
 async def list_tasks(call: Call) -> list[TaskView]:
     """List the tasks that something was heard of."""
-    async with call.resources.store.begin() as connection:
+    async with call.resources.store.read() as connection:
         held = await paused(connection)
         return [
             TaskView(task=task, paused=task in held) for task in await history.tasks(connection)
@@ -61,7 +61,7 @@ async def list_tasks(call: Call) -> list[TaskView]:
 @routes.get("/tasks/{task}")
 async def show_task(call: Call, task: TaskId) -> TaskDetail:
     """Show a task, with the JSON Schemas of payload and result."""
-    async with call.resources.store.begin() as connection:
+    async with call.resources.store.read() as connection:
         schemas = await catalog.schemas_of(connection, task)
         held = await paused(connection)
     if schemas is None:
@@ -78,7 +78,7 @@ async def show_task(call: Call, task: TaskId) -> TaskDetail:
 async def list_queues(call: Call) -> list[QueueView]:
     """List the queues of these tasks and of the servers, as the broker has them now."""
     names = call.resources.names
-    async with call.resources.store.begin() as connection:
+    async with call.resources.store.read() as connection:
         tasks = await history.tasks(connection)
     wanted: list[tuple[str, str | None, str]] = []
     for task in tasks:

@@ -112,7 +112,7 @@ async def check_payload(call: Call, task: str, payload: object) -> None:
     Raises:
         Problem: It is not.
     """
-    async with call.resources.store.begin() as connection:
+    async with call.resources.store.read() as connection:
         schemas = await catalog.schemas_of(connection, task)
     if schemas is None or schemas.get("payload") is None:
         return

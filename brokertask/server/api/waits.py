@@ -90,7 +90,7 @@ async def list_tokens(call: Call, query: TokensQuery) -> Page[TokenView]:
     By default those that nobody has decided.
     """
     after = keys_of(query.cursor, (str,))[0] if query.cursor else ""
-    async with call.resources.store.begin() as connection:
+    async with call.resources.store.read() as connection:
         rows = await tokens.listed(
             connection, open_only=query.state == "open", after=after, limit=query.limit + 1
         )
@@ -105,7 +105,7 @@ async def list_tokens(call: Call, query: TokensQuery) -> Page[TokenView]:
 @routes.get("/runs/{run_id}/waits")
 async def list_waits_of_run(call: Call, run_id: RunId) -> list[WaitView]:
     """List what a run waits or has waited for."""
-    async with call.resources.store.begin() as connection:
+    async with call.resources.store.read() as connection:
         rows = await tokens.of_run(connection, run_id)
     return [WaitView.model_validate({**row, "what": row["for"]}) for row in rows]
 
@@ -113,7 +113,7 @@ async def list_waits_of_run(call: Call, run_id: RunId) -> list[WaitView]:
 @routes.get("/waits/tokens/{token}/value", reveals=True)
 async def show_token_value(call: Call, token: TokenId) -> Any:
     """Show what a token was completed with."""
-    async with call.resources.store.begin() as connection:
+    async with call.resources.store.read() as connection:
         return shown(await tokens.value_of(connection, token))
 
 

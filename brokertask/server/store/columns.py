@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sqlalchemy
-from sqlalchemy import Dialect
+from sqlalchemy import Dialect, MetaData
 from sqlalchemy.types import TypeDecorator
 
+metadata = MetaData()
+"""What all tables are in."""
 _TOLD = str.maketrans({"\x00": "\ufffd"})
 
 

@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from asyncpg import PostgresError
 from sqlalchemy import event
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -36,13 +37,19 @@ _PRAGMAS: Final = (
 
 
 class Database:
-    """A server's store. Writers of one process take turns on SQLite, which has one at a time."""
+    """A server's store. Writers of one process take turns on SQLite, which has one at a time.
+
+    Args:
+        url: Of PostgreSQL, or of a file for SQLite. Without a file, one that is gone at the end.
+    """
 
     def __init__(self, url: str) -> None:
         parsed = make_url(url)
         self._lite = parsed.get_backend_name() == "sqlite"
+        self._begun = 0
         self._name = parsed.render_as_string(hide_password=True)
         self._turn = asyncio.Lock()
+        self._folder: TemporaryDirectory[str] | None = None
         if not self._lite:
             self._engine = self._readers = create_async_engine(
                 url,
@@ -51,11 +58,14 @@ class Database:
                 pool_timeout=CONNECT_TIMEOUT,
             )
             return
-        if parsed.database:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        self._engine = _lite_engine(url, begin="BEGIN IMMEDIATE")
-        # In memory a database is one connection.
-        self._readers = _lite_engine(url, begin="BEGIN") if parsed.database else self._engine
+        if not parsed.database or parsed.database == ":memory:":
+            # In memory, a database would be gone with its one connection: at the first
+            # transaction that is cancelled.
+            self._folder = TemporaryDirectory(prefix="brokertask-")
+            parsed = parsed.set(database=f"{self._folder.name}/server.db")
+        Path(parsed.database or "").parent.mkdir(parents=True, exist_ok=True)
+        self._engine = _lite_engine(parsed, begin="BEGIN IMMEDIATE")
+        self._readers = _lite_engine(parsed, begin="BEGIN")
 
     async def open(self) -> None:
         """Connect, and make the tables of a store that has none.
@@ -86,10 +96,17 @@ class Database:
         async with self.begin() as connection:
             return await connection.run_sync(migration.migrate)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a transaction is under way."""
+        return self._begun > 0
+
     async def close(self) -> None:
         """Disconnect."""
         await self._engine.dispose()
         await self._readers.dispose()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncConnection]:
@@ -112,18 +129,18 @@ class Database:
         Raises:
             StoreUnavailable: The database is gone, or takes too long.
         """
-        if self._readers is self._engine:
-            async with self.begin() as connection:
-                yield connection
-            return
         async with self._transaction(self._readers) as connection:
             yield connection
 
     @asynccontextmanager
     async def _transaction(self, engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-        with _translated(self._name):
-            async with engine.begin() as connection:
-                yield connection
+        self._begun += 1
+        try:
+            with _translated(self._name):
+                async with engine.begin() as connection:
+                    yield connection
+        finally:
+            self._begun -= 1
 
 
 @contextmanager
@@ -149,7 +166,7 @@ def _gone(error: Exception) -> bool:
     return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
 
 
-def _lite_engine(url: str, *, begin: str) -> AsyncEngine:
+def _lite_engine(url: URL, *, begin: str) -> AsyncEngine:
     engine = create_async_engine(url)
 
     def configure(connection: Any, _: Any) -> None:

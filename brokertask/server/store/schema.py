@@ -10,14 +10,14 @@ from sqlalchemy import (
     Index,
     Integer,
     LargeBinary,
-    MetaData,
     Table,
     text,
 )
 
+from brokertask.server.store.bulk import bulk_items as bulk_items
+from brokertask.server.store.bulk import bulk_jobs as bulk_jobs
 from brokertask.server.store.columns import Text
-
-metadata = MetaData()
+from brokertask.server.store.columns import metadata as metadata
 
 # -- runs: what is known of each, and of its attempts
 
@@ -337,45 +337,6 @@ ticks = Table(
     Column("run_id", Text),
     Column("until_ms", BigInteger),
     Column("decided_ms", BigInteger, nullable=False),
-)
-
-# -- bulk: jobs over frozen selections of runs
-
-bulk_jobs = Table(
-    "bulk_jobs",
-    metadata,
-    Column("id", Text, primary_key=True),
-    Column("action", Text, nullable=False),
-    Column("options", LargeBinary, nullable=False),
-    Column("state", Text, nullable=False),
-    Column("total", Integer, nullable=False),
-    Column("rate", Float),
-    Column("reason", Text, nullable=False),
-    Column("created_ms", BigInteger, nullable=False),
-    Column("created_by", Text, nullable=False),
-    Column("ended_ms", BigInteger),
-    Column("server", Text),
-    Column("claimed_ms", BigInteger),
-    Index("bulk_jobs_newest", "created_ms", "id"),
-    Index(
-        "bulk_jobs_going",
-        "created_ms",
-        sqlite_where=text("ended_ms is null"),
-        postgresql_where=text("ended_ms is null"),
-    ),
-)
-bulk_items = Table(
-    "bulk_items",
-    metadata,
-    Column("job", Text, primary_key=True),
-    Column("number", Integer, primary_key=True),
-    Column("run_id", Text, nullable=False),
-    Column("task", Text, nullable=False),
-    Column("state", Text, nullable=False),
-    Column("redrives", Integer),
-    Column("detail", Text),
-    Column("at_ms", BigInteger),
-    Index("bulk_items_state", "job", "state", "number"),
 )
 
 # -- api: who may ask, and what was asked for

@@ -59,6 +59,11 @@ class Connection:
             self._opened = True
             self._broker.attach(self)
 
+    @property
+    def unsettled(self) -> int:
+        """How many deliveries its consumers have neither acked nor given back."""
+        return sum(one.unsettled for one in self._consumers if isinstance(one, _Consumer))
+
     async def close(self) -> None:
         """Give back what is unsettled, and disconnect. Safe to call twice."""
         self._opened = False
@@ -230,6 +235,10 @@ class _Consumer:
     @property
     def free(self) -> bool:
         return len(self._held) < self._limit
+
+    @property
+    def unsettled(self) -> int:
+        return len(self._earlier) + len(self._held)
 
     def deliver(self, item: Item) -> None:
         delivery = _Delivery(self, item)

@@ -38,6 +38,11 @@ class MemoryTransport:
         """Never, as on RabbitMQ 3."""
         return False
 
+    @property
+    def unsettled(self) -> int:
+        """How many deliveries its consumers have neither acked nor given back."""
+        return self._connection.unsettled
+
     async def open(self, *, timeout: float) -> None:
         """Connect."""
         here = asyncio.get_running_loop()
