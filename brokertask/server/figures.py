@@ -133,7 +133,7 @@ async def _count(connection: AsyncConnection, wanted: Select[Any]) -> Count:
     return Count(min(found, MAX_COUNTED), capped=found > MAX_COUNTED)
 
 
-def _recent(task: str | None, since_ms: int) -> Select[Any]:
+def _recent(task: str | None, since_ms: int) -> Select[*tuple[Any, ...]]:
     recent = select(
         runs.c.task, runs.c.status, runs.c.attempt, runs.c.ended_ms, runs.c.triggered_ms
     ).where(runs.c.ended_ms >= since_ms)
