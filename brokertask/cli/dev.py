@@ -65,7 +65,8 @@ def dev(
 
     Both are inside this process and forget everything at exit; commands and services that run in
     this folder use them by themselves. With BROKERTASK_AMQP_URL set, that broker is used, and
-    whatever servers it has. The HTTP API listens on BROKERTASK_SERVER_BIND. Ctrl-C lets runs finish, a second Ctrl-C stops at once.
+    whatever servers it has. The HTTP API listens on BROKERTASK_SERVER_BIND. Ctrl-C lets runs
+    finish, a second Ctrl-C stops at once.
     """
     logs.configure(logs.Level.WARNING, logs.Format.TEXT)
     raise typer.Exit(console.run(lambda: _Dev(app, processes, reload=reload, server=server).run()))
