@@ -78,6 +78,14 @@ history: setup tools ## Kill servers that record, hold history to the workers' l
 bench-history: setup tools ## Time pages and counts of a million runs (STORE=postgresql ARGS=)
 	@.venv/bin/python -m tests.bench.history --store $(STORE) $(ARGS)
 
+.PHONY: bench-console
+bench-console: setup tools ## Time pages of the console over a million runs (STORE=postgresql ARGS=)
+	@.venv/bin/python -m tests.bench.console --store $(STORE) $(ARGS)
+
+.PHONY: screenshots
+screenshots: setup tools ## Take the pictures of the console that are in the documentation
+	@.venv/bin/python -m tests.browser.pictures
+
 .PHONY: rabbitmq
 rabbitmq: ## Start a private RabbitMQ and print its URL
 	@$(PYTHON) infra/rabbitmq/node.py up

@@ -31,10 +31,10 @@ _ALL: Final = (
     Status("running", "▶", "a worker is at it", "#1d4ed8", "#93c5fd", "blue"),
     Status("retrying", "↻", "an attempt failed, another follows", "#92400e", "#fbbf24", "yellow"),
     Status("sleeping", "☾", "it sleeps, and holds no slot", "#4338ca", "#a5b4fc", "bright_blue"),
-    Status("waiting", "⏸", "it waits for something to come", "#0f6b6b", "#5eead4", "cyan"),
+    Status("waiting", "∥", "it waits for something to come", "#0f6b6b", "#5eead4", "cyan"),
     Status("completed", "✓", "it returned", "#166534", "#86efac", "green"),
     Status("failed", "✗", "it is in the dead-letter queue", "#b42318", "#fca5a5", "red"),
-    Status("expired", "⌛", "it came too late to begin", "#7c4a21", "#e0b48c", "bright_black"),
+    Status("expired", "⊖", "it came too late to begin", "#7c4a21", "#e0b48c", "bright_black"),
     Status("cancelled", "⊘", "somebody ended it", "#5b5b66", "#c3c3cc", "bright_black"),
 )
 STATUSES: Final[Mapping[str, Status]] = {status.name: status for status in _ALL}

@@ -101,6 +101,8 @@ class Visit:
             known = model.model_fields.get(name)
             if known is not None and is_list(known.annotation):
                 given.setdefault(name, []).append(value)
+            elif name in given:
+                raise Problem("invalid", "a parameter of the query is given twice")
             else:
                 given[name] = value
         return validated(model, given, "query")

@@ -1,6 +1,7 @@
 // The timeline of a run: a row for each span, of which only those in sight are in the page.
 const ROW = 24;
 const SPARE = 8;
+const SHORT = 2000; // ms: what takes no longer is drawn as long as it is.
 const IDLE = 0.04; // What is left of a stretch in which nothing runs, as a part of the whole.
 
 const element = (name, className, parent) => {
@@ -34,7 +35,7 @@ function scale(spans, now, collapsed) {
   const pieces = [];
   let at = first;
   if (collapsed) {
-    const long = (last - first) * IDLE * 2;
+    const long = Math.max(SHORT, (last - first) * IDLE * 2);
     const waits = spans.filter((span) => span.kind !== "attempt" && span.kind !== "step" && end(span) - span.since > long);
     for (const wait of waits) {
       const from = Math.max(at, wait.since);
@@ -73,7 +74,7 @@ class Timeline extends HTMLElement {
     this.port = element("div", "timeline-port", this);
     this.port.tabIndex = 0;
     this.port.setAttribute("role", "region");
-    this.port.setAttribute("aria-label", "Timeline");
+    this.port.setAttribute("aria-label", "Spans");
     this.tall = element("div", "timeline-tall", this.port);
     this.pool = [];
     this.spans = [];
