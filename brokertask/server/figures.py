@@ -94,6 +94,20 @@ async def going(connection: AsyncConnection, *, now_ms: int) -> Going:
     )
 
 
+async def oldest(connection: AsyncConnection, tasks: Sequence[str]) -> Mapping[str, int]:
+    """Return when the run was triggered that waits for a worker the longest, by task.
+
+    Cost: a look into an index for each task.
+    """
+    found: dict[str, int] = {}
+    for task in tasks:
+        queued = select(runs.c.triggered_ms).where(runs.c.task == task, runs.c.status == QUEUED)
+        first = await connection.scalar(queued.order_by(runs.c.triggered_ms).limit(1))
+        if first is not None:
+            found[task] = int(first)
+    return found
+
+
 async def done(
     connection: AsyncConnection, *, since_ms: int, task: str | None = None
 ) -> Sequence[Done]:
@@ -133,7 +147,7 @@ async def _count(connection: AsyncConnection, wanted: Select[Any]) -> Count:
     return Count(min(found, MAX_COUNTED), capped=found > MAX_COUNTED)
 
 
-def _recent(task: str | None, since_ms: int) -> Select[Any]:
+def _recent(task: str | None, since_ms: int) -> Select[*tuple[Any, ...]]:
     recent = select(
         runs.c.task, runs.c.status, runs.c.attempt, runs.c.ended_ms, runs.c.triggered_ms
     ).where(runs.c.ended_ms >= since_ms)

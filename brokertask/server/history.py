@@ -38,7 +38,7 @@ class RunFilter:
     trace_id: str | None = None
     worker: str | None = None
     fingerprint: str | None = None
-    """Of the latest error."""
+    """Of the latest error; empty: without one."""
     run_ids: tuple[str, ...] = ()
     """One of these."""
     discarded: bool | None = None
@@ -51,7 +51,7 @@ class RunFilter:
         page of a million of them costs as much as a page of a hundred.
         """
         told = (runs.c.triggered_ms, runs.c.run_id, runs.c.status)
-        rare = self.error is not None or any(getattr(self, name) is not None for name in _RARE)
+        rare = self.error is not None or any(getattr(self, name) for name in _RARE)
         rare = rare or bool(self.run_ids)
         if self.tags:
             times = run_tags.c.triggered_ms, run_tags.c.run_id
@@ -81,7 +81,7 @@ class RunFilter:
         if self.until_ms is not None:
             found.append(triggered_ms < self.until_ms)
         found += [
-            runs.c[name] == value
+            runs.c[name].is_(None) if name == "fingerprint" and not value else runs.c[name] == value
             for name in ("task", *_RARE)
             if (value := getattr(self, name)) is not None
         ]

@@ -22,10 +22,9 @@ from brokertask.server.admission import Admissions
 from brokertask.server.outbox import Outbox
 from brokertask.server.resources import Resources
 from brokertask.server.schedules import Schedules
-from brokertask.server.store.schema import metadata
+from brokertask.server.store.engine import Database
 from brokertask.topology import Route, server
 from brokertask.transport.base import Consumer, Delivery, Receive, Transport
-from tests.flow.serving import MiniStore
 
 READY: Final = "ready"
 CLAIM_MS: Final = 2_000
@@ -53,14 +52,13 @@ class Clerk:
 
     def __init__(self, app: App, url: str, *, fuse: Fuse | None = None) -> None:
         self._app = app
-        self._store = MiniStore(url)
+        self._store = Database(url)
         self._fuse = fuse or Fuse()
         self._parts: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Clerk:
         app = self._app
-        async with self._store.begin() as connection:
-            await connection.run_sync(metadata.create_all)
+        await self._store.open()
         self._transport = app.connect()
         await self._transport.open(timeout=10)
         await self._transport.declare(app.topology())
@@ -86,14 +84,14 @@ class Clerk:
             part.cancel()
         ended = await asyncio.gather(*self._parts, return_exceptions=True)
         await self._transport.close()
-        await self._store.engine.dispose()
+        await self._store.close()
         for problem in ended:
             if isinstance(problem, Exception):
                 raise problem
 
 
 class _FusedStore:
-    def __init__(self, store: MiniStore, fuse: Fuse) -> None:
+    def __init__(self, store: Database, fuse: Fuse) -> None:
         self._store = store
         self._fuse = fuse
         self._working = 0

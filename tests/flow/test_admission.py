@@ -28,10 +28,12 @@ from brokertask import (
 from brokertask.clock import VirtualClock
 from brokertask.envelope import Message
 from brokertask.server import history
+from brokertask.server.service import Server
 from brokertask.topology import Route
 from brokertask.transport.memory import MemoryBroker
 from brokertask.values import pack
-from tests.flow.deciding import Deciding, eventually
+from tests.flow.deciding import eventually
+from tests.flow.serving import serving as running
 
 pytestmark = pytest.mark.anyio
 
@@ -77,14 +79,14 @@ async def shop(broker: MemoryBroker) -> AsyncIterator[Shop]:
 
 
 @pytest.fixture
-async def server(shop: Shop, tmp_path: Path) -> AsyncIterator[Deciding]:
+async def server(shop: Shop, tmp_path: Path) -> AsyncIterator[Server]:
     async with serving(shop.app, tmp_path) as server:
         yield server
 
 
 @asynccontextmanager
-async def serving(app: App, folder: Path) -> AsyncIterator[Deciding]:
-    async with Deciding(app, f"sqlite+aiosqlite:///{folder}/server.db") as server:
+async def serving(app: App, folder: Path) -> AsyncIterator[Server]:
+    async with running(app, f"sqlite+aiosqlite:///{folder}/server.db") as server:
         yield server
 
 
@@ -212,7 +214,7 @@ def test_a_sync_caller_has_keys_too(broker: MemoryBroker, tmp_path: Path) -> Non
     assert shop_done == [7]
 
 
-async def test_its_history_begins_with_the_decision(shop: Shop, server: Deciding) -> None:
+async def test_its_history_begins_with_the_decision(shop: Shop, server: Server) -> None:
     run = await shop.charge.trigger(7, idempotency_key="k", delay="1h", tags=["web"])
     async with server.resources.store.begin() as connection:
         (row,) = await history.listed(connection, history.RunFilter(tags=("web",)))
@@ -252,7 +254,7 @@ async def test_a_server_that_is_away_decides_when_it_is_back(
 
 
 async def test_what_is_no_such_trigger_is_buried_and_the_next_is_decided(
-    shop: Shop, server: Deciding
+    shop: Shop, server: Server
 ) -> None:
     route = Route(f"{server.resources.names.server}", "admit")
     for message in (

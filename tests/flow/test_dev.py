@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
 import signal
+import socket
+import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -161,6 +166,57 @@ async def test_a_module_in_a_package_reloads_with_its_whole_package(tmp_path: Pa
             (package.parent / "values.py").write_text("value = 2\n")
             await command.line("reloaded in")
             assert await version(app) == 2
+
+
+async def test_a_server_beside_it_remembers_until_the_end(folder: Path) -> None:
+    place = folder / ".brokertask"
+    place.mkdir()
+    (place / "dev.db").write_text("of one that was killed")
+    async with dev(folder, "--no-reload") as command:
+        url = (await command.line("Server  http://127.0.0.1:")).split()[-1]
+        async with client_of(command, folder) as app:
+            run: Run[Any] = await app.client.trigger("version", {"path": "a"}, idempotency_key="k")
+            assert await run.result(timeout=SECONDS) == 1
+            again: Run[Any] = await app.client.trigger(
+                "version", {"path": "a"}, idempotency_key="k"
+            )
+            assert again.run_id == run.run_id
+            found = await asyncio.to_thread(_got, f"{url}/runs/{run.run_id}/result?wait=20")
+            assert found["result"] == 1
+        command.send(signal.SIGINT)
+        assert await command.end() == 0
+    assert [path.name for path in place.iterdir()] == [".gitignore"]
+
+
+def _got(url: str) -> Any:
+    with urllib.request.urlopen(url) as answer:
+        return json.load(answer)
+
+
+async def test_it_goes_on_without_a_server(folder: Path) -> None:
+    async with dev(folder, "--no-reload", "--no-server") as command:
+        await command.line("Server  none")
+        async with client_of(command, folder) as app:
+            assert await version(app) == 1
+    hidden = folder / "hidden"
+    hidden.mkdir()
+    (hidden / "sqlalchemy.py").write_text("raise ModuleNotFoundError('no', name='sqlalchemy')\n")
+    path = os.pathsep.join([str(hidden), os.environ.get("PYTHONPATH", "")])
+    async with dev(folder, "--no-reload", PYTHONPATH=path) as command:
+        await command.line("Server  none: sqlalchemy is missing; pip install 'brokertask[server]'")
+        async with client_of(command, folder) as app:
+            assert await version(app) == 1
+
+
+async def test_an_address_that_is_taken_is_an_error(folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        async with dev(folder, "--no-reload", BROKERTASK_SERVER_BIND=address) as command:
+            assert await command.end() == 2
+    assert f"cannot listen on {address}" in command.output
+    assert "set BROKERTASK_SERVER_BIND, or use --no-server" in command.output
 
 
 async def test_a_second_one_in_the_same_folder_is_refused(folder: Path) -> None:

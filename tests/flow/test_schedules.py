@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from brokertask import App, InvalidPayload, Retry, Schedule, Settings, Tick, Unroutable, Worker
 from brokertask.clock import VirtualClock
 from brokertask.envelope import Message
+from brokertask.server.service import Server
 from brokertask.server.timetable import GRACE_MS, TURN, Plan, Turn, turn
 from brokertask.transport.memory import MemoryBroker
 from brokertask.values import pack
-from tests.flow.deciding import Deciding, eventually, until
+from tests.flow.deciding import eventually, until
+from tests.flow.serving import serving
 
 pytestmark = pytest.mark.anyio
 
@@ -150,8 +152,8 @@ async def office(broker: MemoryBroker) -> AsyncIterator[Office]:
 
 
 @pytest.fixture
-async def server(office: Office, tmp_path: Path) -> AsyncIterator[Deciding]:
-    async with Deciding(office.app, f"sqlite+aiosqlite:///{tmp_path}/server.db") as server:
+async def server(office: Office, tmp_path: Path) -> AsyncIterator[Server]:
+    async with serving(office.app, f"sqlite+aiosqlite:///{tmp_path}/server.db") as server:
         yield server
 
 
@@ -169,16 +171,16 @@ def hour(number: int) -> datetime:
     return datetime(2026, 3, 2, tzinfo=UTC) + timedelta(hours=number)
 
 
-async def put(server: Deciding, name: str = "hourly", schedule: Schedule = HOURLY) -> None:
+async def put(server: Server, name: str = "hourly", schedule: Schedule = HOURLY) -> None:
     assert await server.schedules.put(name, "report", schedule, sends_tick=True) == "done"
 
 
-async def outcomes(server: Deciding, name: str = "hourly") -> list[str]:
+async def outcomes(server: Server, name: str = "hourly") -> list[str]:
     """Return what became of the ticks so far, first to last."""
     return [row["outcome"] for row in reversed(await server.schedules.history(name))]
 
 
-async def decided(server: Deciding, count: int) -> list[str]:
+async def decided(server: Server, count: int) -> list[str]:
     """Return what became of the ticks, once there are so many."""
 
     async def enough() -> bool:
@@ -193,7 +195,7 @@ async def ran(office: Office, count: int) -> None:
     await eventually(lambda: len(office.ticks) == count)
 
 
-async def next_is(server: Deciding, due_ms: int) -> None:
+async def next_is(server: Server, due_ms: int) -> None:
     """Return once the schedule is due next at an instant."""
 
     async def agreed() -> bool:
@@ -204,7 +206,7 @@ async def next_is(server: Deciding, due_ms: int) -> None:
 
 @pytest.mark.usefixtures("worker")
 async def test_each_tick_is_run_when_it_is_due(
-    office: Office, server: Deciding, clock: VirtualClock
+    office: Office, server: Server, clock: VirtualClock
 ) -> None:
     await put(server)
     clock.advance_to(MIDNIGHT + HOUR - 1)
@@ -225,7 +227,7 @@ async def test_each_tick_is_run_when_it_is_due(
 
 @pytest.mark.usefixtures("worker")
 async def test_a_clock_that_jumps_ahead_and_back_misses_nothing_and_repeats_nothing(
-    office: Office, server: Deciding, clock: VirtualClock
+    office: Office, server: Server, clock: VirtualClock
 ) -> None:
     await put(server)
     clock.advance_to(MIDNIGHT + 30 * HOUR)  # by mistake: its tick is run, those before are late
@@ -242,7 +244,7 @@ async def test_a_clock_that_jumps_ahead_and_back_misses_nothing_and_repeats_noth
 
 @pytest.mark.usefixtures("worker")
 async def test_overlap_skip_leaves_out_ticks_while_a_run_goes_on(
-    office: Office, server: Deciding, clock: VirtualClock
+    office: Office, server: Server, clock: VirtualClock
 ) -> None:
     await put(server, schedule=Schedule(cron="0 * * * *", overlap="skip"))
     office.gate.clear()
@@ -262,7 +264,7 @@ async def test_overlap_skip_leaves_out_ticks_while_a_run_goes_on(
 
 @pytest.mark.usefixtures("worker")
 async def test_a_paused_schedule_goes_on_with_the_next_tick(
-    office: Office, server: Deciding, clock: VirtualClock
+    office: Office, server: Server, clock: VirtualClock
 ) -> None:
     schedules = server.schedules
     await put(server, schedule=Schedule(cron="0 * * * *", catch_up="all"))
@@ -279,7 +281,7 @@ async def test_a_paused_schedule_goes_on_with_the_next_tick(
 
 @pytest.mark.usefixtures("worker")
 async def test_jitter_is_waited_for_and_the_tick_is_still_the_nominal_one(
-    office: Office, server: Deciding, clock: VirtualClock
+    office: Office, server: Server, clock: VirtualClock
 ) -> None:
     await put(server, schedule=Schedule(cron="0 * * * *", jitter="50m"))
     (due,) = await server.schedules.next_fire_times("hourly", 1) or []
@@ -294,7 +296,7 @@ async def test_jitter_is_waited_for_and_the_tick_is_still_the_nominal_one(
 
 @pytest.mark.usefixtures("worker")
 async def test_run_now_is_beside_the_ticks(
-    office: Office, server: Deciding, clock: VirtualClock
+    office: Office, server: Server, clock: VirtualClock
 ) -> None:
     await put(server)
     run_id = await server.schedules.run_now("hourly")
@@ -307,7 +309,7 @@ async def test_run_now_is_beside_the_ticks(
 
 
 @pytest.mark.usefixtures("worker")
-async def test_a_payload_of_its_own(office: Office, server: Deciding, clock: VirtualClock) -> None:
+async def test_a_payload_of_its_own(office: Office, server: Server, clock: VirtualClock) -> None:
     schedule = Schedule(cron="0 * * * *", payload="kitchen")
     await server.schedules.put("kitchen", "sweep", schedule, sends_tick=False)
     clock.advance_to(MIDNIGHT + HOUR)
@@ -316,7 +318,7 @@ async def test_a_payload_of_its_own(office: Office, server: Deciding, clock: Vir
 
 
 @pytest.mark.usefixtures("worker")
-async def test_a_name_is_a_deduplication_key(server: Deciding, clock: VirtualClock) -> None:
+async def test_a_name_is_a_deduplication_key(server: Server, clock: VirtualClock) -> None:
     schedules = server.schedules
     await put(server)
     clock.advance_to(MIDNIGHT + HOUR)
@@ -336,7 +338,7 @@ async def test_a_name_is_a_deduplication_key(server: Deciding, clock: VirtualClo
 # --- declared in code -----------------------------------------------------------------------------
 
 
-async def declare(server: Deciding, app: App, task: str, at_ms: int) -> None:
+async def declare(server: Server, app: App, task: str, at_ms: int) -> None:
     async with server.resources.store.begin() as connection:
         given = app.tasks[task].schedule_plain
         await server.schedules.declare(connection, task, given, at_ms)
@@ -344,7 +346,7 @@ async def declare(server: Deciding, app: App, task: str, at_ms: int) -> None:
 
 @pytest.mark.usefixtures("worker")
 async def test_what_the_code_says_last_is_right(
-    office: Office, server: Deciding, clock: VirtualClock
+    office: Office, server: Server, clock: VirtualClock
 ) -> None:
     old, new, none = App("office"), App("office"), App("office")
 
@@ -379,7 +381,7 @@ async def test_what_the_code_says_last_is_right(
 
 
 async def test_a_worker_tells_the_servers_of_the_schedules_in_its_code(
-    broker: MemoryBroker, server: Deciding, clock: VirtualClock
+    broker: MemoryBroker, server: Server, clock: VirtualClock
 ) -> None:
     seen: list[Tick] = []
     app, without = (App("office", settings=Settings(amqp_url="memory:")) for _ in range(2))
@@ -408,7 +410,7 @@ async def test_a_worker_tells_the_servers_of_the_schedules_in_its_code(
 
 
 async def test_a_manifest_that_cannot_be_read_is_in_nobodys_way(
-    office: Office, server: Deciding
+    office: Office, server: Server
 ) -> None:
     route = server.resources.names.server_route("manifest")
     head = {"worker": "w", "at_ms": 1}
@@ -434,7 +436,7 @@ async def test_a_manifest_that_cannot_be_read_is_in_nobodys_way(
 
 
 @pytest.mark.usefixtures("worker")
-async def test_what_was_made_at_run_time_is_not_replaced_by_code(server: Deciding) -> None:
+async def test_what_was_made_at_run_time_is_not_replaced_by_code(server: Server) -> None:
     app = App("office")
 
     @app.task(schedule=Schedule(every=60))

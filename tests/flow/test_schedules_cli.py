@@ -13,8 +13,9 @@ from typer.testing import CliRunner, Result
 
 from brokertask import App, Schedule, Settings
 from brokertask.cli.main import app as command_line
+from brokertask.server.service import Server
 from brokertask.server.site import Address, Site
-from tests.flow.deciding import Deciding
+from tests.flow.serving import serving
 
 pytestmark = pytest.mark.anyio
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.anyio
 class Desk:
     """A server with a schedule, and somebody who types commands."""
 
-    def __init__(self, server: Deciding, url: str) -> None:
+    def __init__(self, server: Server, url: str) -> None:
         self.server = server
         self._environment = {"BROKERTASK_SERVER_URL": url, "COLUMNS": "200"}
 
@@ -46,7 +47,7 @@ async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
     @app.task
     async def report(room: str) -> None: ...
 
-    async with Deciding(app, f"sqlite+aiosqlite:///{tmp_path}/server.db") as server:
+    async with serving(app, f"sqlite+aiosqlite:///{tmp_path}/server.db") as server:
         site = Site(server.resources, address=Address("127.0.0.1", 0))
         running = asyncio.create_task(site.run())
         await site.listening.wait()

@@ -33,11 +33,12 @@ from brokertask import (
 from brokertask.deadletters import Selection
 from brokertask.envelope import Message
 from brokertask.server import parking, tokens
+from brokertask.server.service import Server
 from brokertask.server.store.schema import parked
 from brokertask.topology import Route
 from brokertask.transport.base import Delivery
 from brokertask.values import JSON, MSGPACK, pack
-from tests.flow.serving import Serving
+from tests.flow.serving import serving
 
 pytestmark = pytest.mark.anyio
 
@@ -64,9 +65,9 @@ def app() -> App:
 
 
 @pytest.fixture
-async def server(app: App, tmp_path: Path) -> AsyncIterator[Serving]:
-    async with Serving(app, f"sqlite+aiosqlite:///{tmp_path}/server.db") as serving:
-        yield serving
+async def server(app: App, tmp_path: Path) -> AsyncIterator[Server]:
+    async with serving(app, f"sqlite+aiosqlite:///{tmp_path}/server.db") as server:
+        yield server
     await app.client.close()
 
 
@@ -83,22 +84,22 @@ async def eventually(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.01)
 
 
-async def open_tokens(server: Serving, count: int = 1) -> list[dict[str, Any]]:
+async def open_tokens(server: Server, count: int = 1) -> list[dict[str, Any]]:
     """Return the tokens that runs wait for, once there are so many."""
     async with asyncio.timeout(SECONDS):
         while True:
-            async with server.store.begin() as connection:
+            async with server.resources.store.begin() as connection:
                 found = await tokens.listed(connection)
             if len(found) >= count:
                 return found
             await asyncio.sleep(0.01)
 
 
-async def publish(server: Serving, key: str, value: dict[str, Any]) -> None:
+async def publish(server: Server, key: str, value: dict[str, Any]) -> None:
     await server.resources.publish(Route("bt.events", key), Message(body=pack(value)))
 
 
-async def test_children_give_their_results_to_their_parent(app: App, server: Serving) -> None:
+async def test_children_give_their_results_to_their_parent(app: App, server: Server) -> None:
     double = app.tasks["double"]
     stretches: list[str | None] = []
 
@@ -117,7 +118,7 @@ async def test_children_give_their_results_to_their_parent(app: App, server: Ser
     assert len(stretches) == 4
 
 
-async def test_a_parent_of_its_own_task_needs_no_second_slot(app: App, server: Serving) -> None:
+async def test_a_parent_of_its_own_task_needs_no_second_slot(app: App, server: Server) -> None:
     @app.task(concurrency=1)
     async def count_down(number: int, ctx: Context) -> int:
         if number == 0:
@@ -129,7 +130,7 @@ async def test_a_parent_of_its_own_task_needs_no_second_slot(app: App, server: S
         assert await (await count_down.trigger(5)).result(timeout=SECONDS) == 5
 
 
-async def test_a_child_is_a_child(app: App, server: Serving) -> None:
+async def test_a_child_is_a_child(app: App, server: Server) -> None:
     @app.task
     async def tell(ctx: Context) -> list[str | None]:
         return [ctx.run_id, ctx.parent, ctx.root, *ctx.tags]
@@ -145,7 +146,7 @@ async def test_a_child_is_a_child(app: App, server: Serving) -> None:
     assert rest == [run.run_id, run.run_id, "a"]
 
 
-async def test_a_failed_child_of_a_map_is_a_value(app: App, server: Serving) -> None:
+async def test_a_failed_child_of_a_map_is_a_value(app: App, server: Server) -> None:
     found: list[Any] = []
 
     @app.task
@@ -161,7 +162,7 @@ async def test_a_failed_child_of_a_map_is_a_value(app: App, server: Serving) -> 
     assert found[1].error == {"type": "Abort", "message": "unlucky"}
 
 
-async def test_a_failed_call_raises_and_no_retry_helps(app: App, server: Serving) -> None:
+async def test_a_failed_call_raises_and_no_retry_helps(app: App, server: Server) -> None:
     attempts: list[int] = []
 
     @app.task(retry=Retry(max_attempts=5, min_delay=0.01, max_delay=0.01))
@@ -181,7 +182,7 @@ async def test_a_failed_call_raises_and_no_retry_helps(app: App, server: Serving
     assert set(attempts) == {1}
 
 
-async def test_who_catches_a_failed_child_goes_on_and_remembers(app: App, server: Serving) -> None:
+async def test_who_catches_a_failed_child_goes_on_and_remembers(app: App, server: Server) -> None:
     @app.task
     async def parent(ctx: Context) -> str:
         said = None
@@ -196,7 +197,7 @@ async def test_who_catches_a_failed_child_goes_on_and_remembers(app: App, server
         assert await (await parent.trigger()).result(timeout=SECONDS) == "aborted 4"
 
 
-async def test_a_token_is_completed_while_the_run_waits(app: App, server: Serving) -> None:
+async def test_a_token_is_completed_while_the_run_waits(app: App, server: Server) -> None:
     @app.task
     async def ask(ctx: Context) -> Decision | None:
         decision = await ctx.wait_for(ctx.token("approval", Decision, timeout="7d"))
@@ -216,7 +217,7 @@ async def test_a_token_is_completed_while_the_run_waits(app: App, server: Servin
         assert await run.result(timeout=SECONDS) == Decision(approved=True, by="Ada")
 
 
-async def test_a_token_may_be_completed_before_anybody_waits(app: App, server: Serving) -> None:
+async def test_a_token_may_be_completed_before_anybody_waits(app: App, server: Server) -> None:
     """The secret is proof enough: the server has not heard of the token yet."""
     handed: list[str] = []
     go_on = asyncio.Event()
@@ -238,7 +239,7 @@ async def test_a_token_may_be_completed_before_anybody_waits(app: App, server: S
     assert len(set(handed)) == 1
 
 
-async def test_rejected_and_late_are_values(app: App, server: Serving) -> None:
+async def test_rejected_and_late_are_values(app: App, server: Server) -> None:
     @app.task
     async def ask(ctx: Context) -> list[str]:
         rejected = await ctx.wait_for(ctx.token("first"))
@@ -252,7 +253,7 @@ async def test_rejected_and_late_are_values(app: App, server: Serving) -> None:
         (token,) = await open_tokens(server)
         assert await server.waits.reject(token["id"], "too dear", by="ada") == "done"
         assert await run.result(timeout=SECONDS) == [repr(Rejected("too dear")), repr(TimedOut())]
-        async with server.store.begin() as connection:
+        async with server.resources.store.begin() as connection:
             (second,) = [
                 one
                 for one in await tokens.listed(connection, open_only=False)
@@ -261,7 +262,7 @@ async def test_rejected_and_late_are_values(app: App, server: Serving) -> None:
         assert await server.waits.complete(second["id"], 1, by="ada") == "late"
 
 
-async def test_a_token_gets_more_time(app: App, server: Serving) -> None:
+async def test_a_token_gets_more_time(app: App, server: Server) -> None:
     @app.task
     async def ask(ctx: Context) -> str:
         return repr(await ctx.wait_for(ctx.token("approval", timeout="1d")))
@@ -276,7 +277,7 @@ async def test_a_token_gets_more_time(app: App, server: Serving) -> None:
         assert await server.waits.extend("token_of_nobody", None) == "unknown"
 
 
-async def test_a_token_of_another_type_is_an_error_of_the_task(app: App, server: Serving) -> None:
+async def test_a_token_of_another_type_is_an_error_of_the_task(app: App, server: Server) -> None:
     @app.task(retry=ONCE)
     async def ask(ctx: Context) -> str:
         try:
@@ -292,7 +293,7 @@ async def test_a_token_of_another_type_is_an_error_of_the_task(app: App, server:
         assert "token 'approval'" in await run.result(timeout=SECONDS)
 
 
-async def test_events_are_heard_once_each_by_those_they_are_for(app: App, server: Serving) -> None:
+async def test_events_are_heard_once_each_by_those_they_are_for(app: App, server: Server) -> None:
     @app.task
     async def ship(number: int, ctx: Context) -> list[Any]:
         heard = []
@@ -314,7 +315,7 @@ async def test_events_are_heard_once_each_by_those_they_are_for(app: App, server
 
 
 async def test_an_event_in_json_counts_and_what_is_no_map_does_not(
-    app: App, server: Serving
+    app: App, server: Server
 ) -> None:
     @app.task
     async def ship(ctx: Context) -> Any:
@@ -328,7 +329,7 @@ async def test_an_event_in_json_counts_and_what_is_no_map_does_not(
         assert await run.result(timeout=SECONDS) == {"by": "x"}
 
 
-async def test_the_first_of_several(app: App, server: Serving) -> None:
+async def test_the_first_of_several(app: App, server: Server) -> None:
     @app.task
     async def race(ctx: Context) -> list[Any]:
         first = await ctx.wait_for(ctx.token("never"), app.tasks["double"].call(4), first=True)
@@ -340,7 +341,7 @@ async def test_the_first_of_several(app: App, server: Serving) -> None:
 
 
 async def test_what_has_not_come_in_time_is_missing_and_the_rest_is_there(
-    app: App, server: Serving
+    app: App, server: Server
 ) -> None:
     @app.task
     async def parent(ctx: Context) -> list[str]:
@@ -354,7 +355,7 @@ async def test_what_has_not_come_in_time_is_missing_and_the_rest_is_there(
     assert result == ["[TimedOut(), 8]", "timed_out", "timed_out"]
 
 
-async def test_waits_side_by_side(app: App, server: Serving) -> None:
+async def test_waits_side_by_side(app: App, server: Server) -> None:
     stretches: list[int] = []
 
     @app.task
@@ -369,7 +370,7 @@ async def test_waits_side_by_side(app: App, server: Serving) -> None:
     assert 2 <= len(stretches) <= 4
 
 
-async def test_branches_that_wait_without_a_name_are_told_so(app: App, server: Serving) -> None:
+async def test_branches_that_wait_without_a_name_are_told_so(app: App, server: Server) -> None:
     @app.task(retry=ONCE)
     async def parent(ctx: Context) -> None:
         async def branch(number: int, name: str | None) -> None:
@@ -383,7 +384,7 @@ async def test_branches_that_wait_without_a_name_are_told_so(app: App, server: S
             await (await parent.trigger()).result(timeout=SECONDS)
 
 
-async def test_a_sleep_beside_a_wait_ends_in_its_time(app: App, server: Serving) -> None:
+async def test_a_sleep_beside_a_wait_ends_in_its_time(app: App, server: Server) -> None:
     @app.task
     async def parent(ctx: Context) -> str:
         nap = asyncio.create_task(ctx.sleep("40ms", name="nap"))
@@ -399,7 +400,7 @@ async def _value(waiting: Any) -> Any:
     return await waiting
 
 
-async def test_steps_before_and_behind_a_wait_are_done_once(app: App, server: Serving) -> None:
+async def test_steps_before_and_behind_a_wait_are_done_once(app: App, server: Server) -> None:
     did: list[str] = []
 
     @app.task
@@ -415,7 +416,7 @@ async def test_steps_before_and_behind_a_wait_are_done_once(app: App, server: Se
     assert did == ["before", "behind"]
 
 
-async def test_a_plain_function_waits_too(app: App, server: Serving) -> None:
+async def test_a_plain_function_waits_too(app: App, server: Server) -> None:
     @app.task
     def parent(ctx: Context) -> int:
         found: int = ctx.wait_for_sync(app.tasks["double"].call(21))
@@ -425,7 +426,7 @@ async def test_a_plain_function_waits_too(app: App, server: Serving) -> None:
         assert await (await parent.trigger()).result(timeout=SECONDS) == 42
 
 
-async def test_a_run_that_a_step_has_triggered(app: App, server: Serving) -> None:
+async def test_a_run_that_a_step_has_triggered(app: App, server: Server) -> None:
     double = app.tasks["double"]
 
     @app.task
@@ -443,7 +444,7 @@ async def test_a_run_that_a_step_has_triggered(app: App, server: Serving) -> Non
 
 
 async def test_a_run_that_is_triggered_outside_of_a_step_is_found_out(
-    app: App, server: Serving
+    app: App, server: Server
 ) -> None:
     @app.task
     async def parent(ctx: Context) -> None:
@@ -474,7 +475,7 @@ async def test_without_a_server_a_wait_says_so_and_has_triggered_nothing(app: Ap
     await app.client.close()
 
 
-async def test_the_result_of_a_run_for_who_has_not_triggered_it(app: App, server: Serving) -> None:
+async def test_the_result_of_a_run_for_who_has_not_triggered_it(app: App, server: Server) -> None:
     @app.task(retry=ONCE)
     async def slow(number: int, ctx: Context) -> int:
         found = await ctx.wait_for(ctx.token("go", int))
@@ -499,7 +500,7 @@ async def test_the_result_of_a_run_for_who_has_not_triggered_it(app: App, server
             await other.client.close()
 
 
-async def test_a_result_too_large_for_the_memory_is_a_failure(server: Serving, app: App) -> None:
+async def test_a_result_too_large_for_the_memory_is_a_failure(server: Server, app: App) -> None:
     limit = app.settings.max_memory_bytes
 
     @app.task
@@ -516,9 +517,10 @@ async def test_a_result_too_large_for_the_memory_is_a_failure(server: Serving, a
         assert await run.result(timeout=SECONDS) == [str(limit // 2), "too_large", "10"]
 
 
-async def test_a_wait_that_is_parked_twice_goes_on_once(app: App, server: Serving) -> None:
+async def test_a_wait_that_is_parked_twice_goes_on_once(app: App, tmp_path: Path) -> None:
     """What a crash between confirm and ack leaves: the same message, and one of a fork."""
     bodies: list[int] = []
+    url = f"sqlite+aiosqlite:///{tmp_path}/server.db"
 
     @app.task
     async def parent(ctx: Context) -> int:
@@ -526,12 +528,12 @@ async def test_a_wait_that_is_parked_twice_goes_on_once(app: App, server: Servin
         found = await ctx.wait_for(ctx.token("go", int))
         return found or 0
 
+    async with serving(app, url):
+        pass  # Its queues are there from now on.
     transport = app.connect()
     await transport.open(timeout=1)
     took: list[Delivery] = []
-    async with working(app):
-        for part in server._parts[:1]:
-            part.cancel()
+    async with app, working(app):
         run = await parent.trigger()
         consumer = await transport.consume("bt.server.waits", took.append, prefetch=1)
         await eventually(lambda: took)
@@ -539,26 +541,27 @@ async def test_a_wait_that_is_parked_twice_goes_on_once(app: App, server: Servin
         fork = {**message.headers, "bt-seq": int(str(message.headers["bt-seq"])) + 5}
         await took[0].requeue()
         await consumer.close()
-        await server.resources.publish(Route("bt.server", "wait"), message)
-        server._parts[0] = asyncio.create_task(server.waits.run())
-        (token,) = await open_tokens(server)
-        await server.waits.complete(token["id"], 5, by="ada")
-        assert await run.result(timeout=SECONDS) == 5
-        # A fork that comes to the wait when the run has gone on behind it.
-        await server.resources.publish(Route("bt.server", "wait"), replace(message, headers=fork))
-        # One that comes behind it is waiting, so it was looked at.
-        await parent.trigger()
-        await open_tokens(server)
-        async with server.store.begin() as connection:
-            mine = parked.c.run_id == run.run_id
-            states = await connection.scalars(select(parked.c.state).where(mine))
-            assert states.all() == ["resumed"]
+        await transport.publish(Route("bt.server", "wait"), message, timeout=SECONDS)
+        async with serving(app, url) as server:
+            (token,) = await open_tokens(server)
+            await server.waits.complete(token["id"], 5, by="ada")
+            assert await run.result(timeout=SECONDS) == 5
+            # A fork that comes to the wait when the run has gone on behind it.
+            again = replace(message, headers=fork)
+            await server.resources.publish(Route("bt.server", "wait"), again)
+            # One that comes behind it is waiting, so it was looked at.
+            await parent.trigger()
+            await open_tokens(server)
+            async with server.resources.store.read() as connection:
+                mine = parked.c.run_id == run.run_id
+                states = await connection.scalars(select(parked.c.state).where(mine))
+                assert states.all() == ["resumed"]
     assert len(bodies) == 3
     await transport.close()
 
 
 async def test_of_two_servers_one_sends_each_run_on(
-    app: App, server: Serving, tmp_path: Path
+    app: App, server: Server, tmp_path: Path
 ) -> None:
     stretches: Counter[int] = Counter()
 
@@ -569,7 +572,7 @@ async def test_of_two_servers_one_sends_each_run_on(
         found = await ctx.wait_for(*(double.call(20 + number + place) for place in range(3)))
         return sum(found)
 
-    async with Serving(app, f"sqlite+aiosqlite:///{tmp_path}/server.db"), working(app):
+    async with serving(app, f"sqlite+aiosqlite:///{tmp_path}/server.db"), working(app):
         runs = await parent.trigger_many(range(40))
         results = [await run.result(timeout=SECONDS) for run in runs]
     assert results == [sum(2 * (20 + number + place) for place in range(3)) for number in range(40)]
@@ -577,7 +580,7 @@ async def test_of_two_servers_one_sends_each_run_on(
 
 
 async def test_what_is_kept_of_a_run_goes_with_it_but_never_its_message(
-    app: App, server: Serving
+    app: App, server: Server
 ) -> None:
     @app.task
     async def ask(ctx: Context) -> Any:
@@ -587,18 +590,18 @@ async def test_what_is_kept_of_a_run_goes_with_it_but_never_its_message(
     async with working(app):
         run = await ask.trigger()
         (token,) = await open_tokens(server)
-        async with server.store.begin() as connection:
+        async with server.resources.store.begin() as connection:
             await parking.forget(connection, [run.run_id], before_ms=app.clock.now_ms() + 1)
             assert len(await tokens.of_run(connection, run.run_id)) == 2
         await server.waits.complete(token["id"], 1, by="ada")
         assert await run.result(timeout=SECONDS) == 1
-        async with server.store.begin() as connection:
+        async with server.resources.store.begin() as connection:
             await parking.forget(connection, [run.run_id], before_ms=app.clock.now_ms() + 1)
             assert await tokens.of_run(connection, run.run_id) == []
             assert await tokens.listed(connection, open_only=False) == []
 
 
-async def test_a_redriven_parent_asks_again_for_what_failed(app: App, server: Serving) -> None:
+async def test_a_redriven_parent_asks_again_for_what_failed(app: App, server: Server) -> None:
     mended: list[int] = []
     did: list[int] = []
 

@@ -13,8 +13,9 @@ from typer.testing import CliRunner, Result
 
 from brokertask import App, Context, Settings
 from brokertask.cli.main import app as command_line
+from brokertask.server.service import Server
 from brokertask.server.site import Address, Site
-from tests.flow.serving import Serving
+from tests.flow.serving import serving
 from tests.flow.test_waits import SECONDS, open_tokens, working
 
 pytestmark = pytest.mark.anyio
@@ -33,14 +34,14 @@ def app() -> App:
 
 
 @pytest.fixture
-async def server(app: App, tmp_path: Path) -> AsyncIterator[Serving]:
-    async with Serving(app, f"sqlite+aiosqlite:///{tmp_path}/server.db") as serving:
-        yield serving
+async def server(app: App, tmp_path: Path) -> AsyncIterator[Server]:
+    async with serving(app, f"sqlite+aiosqlite:///{tmp_path}/server.db") as server:
+        yield server
     await app.client.close()
 
 
 @pytest.fixture
-async def say(server: Serving) -> AsyncIterator[Say]:
+async def say(server: Server) -> AsyncIterator[Say]:
     """Type a command, in a thread, and get what it printed."""
     site = Site(server.resources, address=Address("127.0.0.1", 0))
     running = asyncio.create_task(site.run())
@@ -62,7 +63,7 @@ async def in_json(say: Say, *words: str) -> Any:
     return json.loads(result.stdout)
 
 
-async def test_a_token_is_listed_and_completed(app: App, server: Serving, say: Say) -> None:
+async def test_a_token_is_listed_and_completed(app: App, server: Server, say: Say) -> None:
     async with working(app):
         run = await app.tasks["ask"].trigger()
         await open_tokens(server)
@@ -84,7 +85,7 @@ async def test_a_token_is_listed_and_completed(app: App, server: Serving, say: S
         assert len(await in_json(say, "waits", "list", "--all")) == 1
 
 
-async def test_a_token_is_rejected_with_a_reason(app: App, server: Serving, say: Say) -> None:
+async def test_a_token_is_rejected_with_a_reason(app: App, server: Server, say: Say) -> None:
     async with working(app):
         run = await app.tasks["ask"].trigger()
         (token,) = await open_tokens(server)

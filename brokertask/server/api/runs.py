@@ -54,7 +54,7 @@ class Selected(Strict):
     trace_id: Text | None = None
     worker: Text | None = None
     fingerprint: Text | None = None
-    """Of the latest error, as `/dead` has it."""
+    """Of the latest error, as `/dead` has it; empty: without one."""
     discarded: bool | None = None
     """Whether a dead run was discarded by a server."""
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from pydantic import BaseModel, JsonValue
 
-from brokertask.server import catalog, history
+from brokertask.server import catalog, figures, history
 from brokertask.server.api.operations import Call, Routes, TaskId
 from brokertask.server.api.problems import Problem
 from brokertask.server.control import paused
@@ -46,6 +46,8 @@ class QueueView(BaseModel):
     ready: int
     """Messages that wait in it; what workers hold is not among them."""
     consumers: int
+    oldest_ms: int | None = None
+    """Of `work`: when the run was triggered that waits the longest, as history has it."""
 
 
 @routes.get("/tasks")
@@ -80,6 +82,7 @@ async def list_queues(call: Call) -> list[QueueView]:
     names = call.resources.names
     async with call.resources.store.read() as connection:
         tasks = await history.tasks(connection)
+        oldest = await figures.oldest(connection, tasks)
     wanted: list[tuple[str, str | None, str]] = []
     for task in tasks:
         wanted.append((names.queue(task), task, "work"))
@@ -90,7 +93,14 @@ async def list_queues(call: Call) -> list[QueueView]:
     wanted += [(f"{names.server}.{name}", None, "server") for name in parts]
     depths = await _depths(call, [queue for queue, _, _ in wanted])
     return [
-        QueueView(queue=queue, task=task, kind=kind, ready=depth.ready, consumers=depth.consumers)
+        QueueView(
+            queue=queue,
+            task=task,
+            kind=kind,
+            ready=depth.ready,
+            consumers=depth.consumers,
+            oldest_ms=oldest.get(task or "") if kind == "work" else None,
+        )
         for (queue, task, kind), depth in zip(wanted, depths, strict=True)
         if depth is not None
     ]

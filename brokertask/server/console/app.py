@@ -16,11 +16,22 @@ from brokertask.server.api.gate import Gate
 from brokertask.server.api.problems import Problem
 from brokertask.server.console.desk import Desk, Page, Pages
 from brokertask.server.console.html import environment
-from brokertask.server.console.pages import again, inside, overview, run, runs, sign, tasks
+from brokertask.server.console.pages import (
+    again,
+    dead,
+    inside,
+    jobs,
+    overview,
+    queues,
+    run,
+    runs,
+    sign,
+    tasks,
+)
 from brokertask.server.console.static import Static
 
 SECTIONS: Final[tuple[Pages, ...]] = tuple(
-    module.pages for module in (overview, runs, run, inside, again, tasks, sign)
+    module.pages for module in (overview, runs, run, inside, again, tasks, queues, dead, jobs, sign)
 )
 """Every page, in the order of the navigation."""
 

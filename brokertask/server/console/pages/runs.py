@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 from pydantic import Field
 from starlette.responses import Response
@@ -21,14 +21,21 @@ from brokertask.values import LAST_INSTANT_MS
 
 pages: Final = Pages("Runs", "runs", "r")
 PER_PAGE: Final = 50
-WINDOWS: Final = {"1h": 3_600_000, "24h": 86_400_000, "7d": 7 * 86_400_000, "30d": 30 * 86_400_000}
+DAY_MS: Final = 86_400_000
+Within: TypeAlias = Literal["1h", "24h", "7d", "30d"]
+WINDOWS: Final[dict[Within, int]] = {
+    "1h": DAY_MS // 24,
+    "24h": DAY_MS,
+    "7d": 7 * DAY_MS,
+    "30d": 30 * DAY_MS,
+}
 TRACE: Final = 32
 
 
 class Asked(Selected):
     """Which runs, and which page of them."""
 
-    within: Literal["1h", "24h", "7d", "30d"] | None = None
+    within: Within | None = None
     """Triggered since so long before now."""
     cursor: Cursor | None = None
     as_of: int | None = Field(default=None, ge=0, le=LAST_INSTANT_MS)

@@ -62,6 +62,7 @@ export async function again(main) {
 // Nothing is taken from under somebody's hands.
 function busy(part) {
   const active = document.activeElement;
+  if (part.querySelector("details[open] form")) return true;
   return part.contains(active) && active.matches("input, textarea, select, button");
 }
 
