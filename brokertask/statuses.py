@@ -26,7 +26,7 @@ class Status:
 
 
 _ALL: Final = (
-    Status("queued", "○", "it waits for a worker", "#475569", "#b6c2d1", "white"),
+    Status("queued", "○", "it waits for a worker", "#475569", "#b6c2d1", "default"),
     Status("delayed", "◷", "its time has not come", "#6d28d9", "#c4b5fd", "magenta"),
     Status("running", "▶", "a worker is at it", "#1d4ed8", "#93c5fd", "blue"),
     Status("retrying", "↻", "an attempt failed, another follows", "#92400e", "#fbbf24", "yellow"),
@@ -43,4 +43,4 @@ STATUSES: Final[Mapping[str, Status]] = {status.name: status for status in _ALL}
 
 def status_of(name: str) -> Status:
     """Return the status of this name; one that a newer server added has no colour of its own."""
-    return STATUSES.get(name) or Status(name, "?", "", "#475569", "#b6c2d1", "white")
+    return STATUSES.get(name) or Status(name, "?", "", "#475569", "#b6c2d1", "default")

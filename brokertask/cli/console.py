@@ -16,14 +16,17 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from brokertask import __version__, errors
 from brokertask.app import App
 from brokertask.cli import remote
 from brokertask.cli.loading import AppNotFound, load
+from brokertask.statuses import status_of
 
 T = TypeVar("T")
 GAP: Final = "  "
+STATUS: Final = "STATUS"
 
 out: Final = Console(highlight=False, soft_wrap=True, emoji=False)
 err: Final = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -152,7 +155,7 @@ def show_table(
 ) -> None:
     """Print rows for people, a line each, however wide; on a terminal, column `elastic` is cut.
 
-    Their text is data: it is never read as markup.
+    Their text is data: it is never read as markup. A status has its colour.
     """
     if not rows:
         out.print(empty)
@@ -165,8 +168,12 @@ def show_table(
         widths[index] = max(len(elastic), widths[index] - max(0, over))
     for number, line in enumerate(lines):
         cells = [_fitted(cell, width) for cell, width in zip(line, widths, strict=True)]
-        style = "bold" if number == 0 else None
-        out.print(GAP.join(cells).rstrip(), markup=False, style=style)
+        text = Text(GAP.join(cells).rstrip(), style="" if number else "bold")
+        if number and STATUS in columns:
+            index = columns.index(STATUS)
+            since = len(GAP.join([*cells[:index], ""]))
+            text.stylize(status_of(line[index]).terminal, since, since + len(line[index]))
+        out.print(text)
 
 
 def _fitted(cell: str, width: int) -> str:

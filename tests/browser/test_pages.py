@@ -62,3 +62,16 @@ async def test_a_task_is_triggered_by_a_form_of_its_schema(stage: Shop, sitting:
     await expect(page.locator("h1 .status")).to_contain_text("completed")
     await page.get_by_role("link", name="Payload and result").click()
     await expect(page.get_by_label("Result as JSON")).to_contain_text("9007199254740993")
+
+
+async def test_a_task_is_paused_and_resumed_on_its_page(stage: Shop, sitting: Sitting) -> None:
+    page = await sitting.go("tasks/echo")
+    await page.get_by_text("Pause…").click()
+    await page.get_by_role("button", name="Pause").click()
+    await expect(page.get_by_role("status")).to_contain_text("begin no run")
+    resume = page.get_by_role("button", name="Resume")
+    await expect(resume).to_be_visible()
+    run = await stage.tasks["echo"].trigger(1)
+    await resume.click()
+    assert await run.result(timeout=20) == 1
+    await expect(page.get_by_text("Pause…")).to_be_visible()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from typing import get_args
 
 import pytest
+from rich.console import Console
 
+from brokertask.cli import console
 from brokertask.server.api.beginnings import BeginningView
 from brokertask.server.api.problems import Problem
 from brokertask.server.api.runs import AttemptView, RunView, Status
@@ -133,3 +136,13 @@ def test_there_is_one_vocabulary_of_statuses() -> None:
     assert set(STATUSES) == set(KNOWN) == set(get_args(Status))
     assert len({each.mark for each in STATUSES.values()}) == len(STATUSES)
     assert status_of("of a newer server").mark == "?"
+
+
+def test_a_status_has_its_colour_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Console(file=StringIO(), force_terminal=True, color_system="standard", width=80)
+    monkeypatch.setattr(console, "out", out)
+    console.show_table(("RUN", "STATUS"), [("r", "failed"), ("\x1b[31m", "of tomorrow")])
+    assert isinstance(out.file, StringIO)
+    told = out.file.getvalue()
+    assert "r         \x1b[31mfailed\x1b[0m" in told
+    assert "\\x1b[31m" in told
