@@ -59,7 +59,9 @@ async def sign_in(client: httpx.AsyncClient, token: str, *, wanted: str = "") ->
     return await client.post("sign-in", data=form)
 
 
-async def add_run(staged: Stage, run_id: str = "run-1", text: str = HOSTILE) -> None:
+async def add_run(
+    staged: Stage, run_id: str = "run-1", text: str = HOSTILE, *, fingerprint: str | None = None
+) -> None:
     now_ms = staged.resources.clock.now_ms()
     fact = Fact(
         run_id=run_id,
@@ -74,6 +76,7 @@ async def add_run(staged: Stage, run_id: str = "run-1", text: str = HOSTILE) -> 
             "reason": text,
             "error_type": text,
             "error_message": text,
+            "fingerprint": fingerprint,
             "ended_ms": now_ms,
         },
         asked={"triggered_ms": now_ms, "tags": f"\x1f{text}\x1f", "app_id": text, "parent": text},
@@ -288,3 +291,16 @@ async def test_the_console_holds_under_a_prefix(staged: Stage) -> None:
             assert page.url.join(link).path.startswith("/tasks/console/"), link
         style = next(link for link in links if link.endswith("console.css"))
         assert (await client.get(page.url.join(style))).status_code == 200
+
+
+async def test_the_dead_without_an_error_are_a_group_of_their_own(staged: Stage) -> None:
+    await add_run(staged, "silent")
+    await add_run(staged, "loud", fingerprint="abc")
+    async with staged.client(base=BASE) as client:
+        groups = told(await client.get("dead"), 200)
+        assert "dead/mail/-" in groups
+        assert "dead/mail/abc" in groups
+        page = told(await client.get("dead/mail/-"), 200)
+        assert "Discard 1 run<" in page
+        assert 'data-row="silent"' in page
+        assert 'data-row="loud"' not in page

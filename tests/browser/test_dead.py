@@ -65,13 +65,21 @@ async def test_a_group_is_redriven_at_a_rate_and_its_job_is_followed(
     await expect(page.locator(".empty")).to_contain_text("No run is dead.")
 
 
-async def test_what_dies_meanwhile_is_not_redriven_unseen(stage: Shop, sitting: Sitting) -> None:
+async def test_what_is_triggered_meanwhile_is_not_touched(stage: Shop, sitting: Sitting) -> None:
     page = await group(stage, sitting, 2)
-    # One that was triggered before the page was made, and has died only now.
-    await stage.tasks["flaky"].trigger("order-9")
-    other = await sitting.open()
-    await other.goto("dead")
-    await expect(other.locator("[data-label=Runs]")).to_have_text("3")
+    await one_more(stage, sitting, 3)
+    stage.broken = False
+    await page.get_by_text("Redrive…").click()
+    await page.get_by_role("button", name="Redrive 2 runs").click()
+    await expect(page.get_by_role("heading", level=1)).to_have_text("Redrive 2 runs ✓ done")
+    await page.goto("dead")
+    await expect(page.locator("[data-label=Runs]")).to_have_text("1")
+
+
+async def test_another_number_than_was_shown_is_not_redriven(stage: Shop, sitting: Sitting) -> None:
+    page = await group(stage, sitting, 2)
+    await one_more(stage, sitting, 3)
+    # As if it had been triggered before the page was made, and had died only now.
     await page.evaluate("""() => document.querySelectorAll("[name=as_of]").forEach(
         (each) => { each.value = String(Number(each.value) + 600000) })""")
     sitting.expect("409")
@@ -81,6 +89,13 @@ async def test_what_dies_meanwhile_is_not_redriven_unseen(stage: Shop, sitting: 
     await expect(page.get_by_role("button", name="Redrive 3 runs")).to_be_visible()
     await page.goto("jobs")
     await expect(page.locator(".empty")).to_be_visible()
+
+
+async def one_more(stage: Shop, sitting: Sitting, total: int) -> None:
+    await stage.tasks["flaky"].trigger("order-9")
+    other = await sitting.open()
+    await other.goto("dead")
+    await expect(other.locator("[data-label=Runs]")).to_have_text(str(total))
 
 
 async def test_a_group_is_discarded_for_a_reason(stage: Shop, sitting: Sitting) -> None:

@@ -98,7 +98,7 @@ async def test_it_says_what_runs_where_and_ends_with_ctrl_c(folder: Path) -> Non
         await command.line("embedded, in memory: it forgets everything at exit")
         await command.line("reload on *.py in the current folder")
         await command.line("version (10), fail (10), slow (10)")
-        await command.line("""Try     brokertask trigger version '{"path": "text"}'""")
+        await command.line("""Try      brokertask trigger version '{"path": "text"}'""")
         await command.line("ready")
         command.send(signal.SIGINT)
         assert await command.end() == 0
