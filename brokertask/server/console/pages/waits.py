@@ -51,7 +51,7 @@ async def follow(visit: Visit) -> Response:
 async def approve(visit: Visit) -> Response:
     """Complete a token with a JSON value: the run that waits for it goes on."""
     try:
-        value = decode(visit.form.get("value", "").encode(), JSON)
+        value = decode(visit.form.get("value", "null").encode(), JSON)
     except (EnvelopeError, UnicodeEncodeError) as error:
         raise Problem("invalid", f"the value is no JSON: {error}") from None
     body = visit.sent(Completion, value=value)
