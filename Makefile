@@ -21,9 +21,9 @@ url-of-memory := echo unix:.brokertask/demo/.brokertask/dev.sock
 url-of-rabbitmq = $(PYTHON) infra/rabbitmq/node.py find
 
 .PHONY: demo
-demo: setup ## Process documents and kill a worker half-way (INPUT=folder BROKER=memory|rabbitmq)
+demo: setup ## Process documents and kill a worker half-way (INPUT=folder BROKER=memory|rabbitmq CONSOLE=1)
 	@url=$$($(or $(url-of-$(BROKER)),$(error BROKER is memory or rabbitmq, not "$(BROKER)"))) && \
-	BROKERTASK_AMQP_URL=$$url .venv/bin/python -m workers.documents $(if $(INPUT),--input "$(INPUT)")
+	BROKERTASK_AMQP_URL=$$url .venv/bin/python -m workers.documents $(if $(INPUT),--input "$(INPUT)") $(if $(CONSOLE),--console)
 
 .PHONY: test
 test: setup tools ## Run every test, on a private RabbitMQ too

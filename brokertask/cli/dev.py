@@ -80,7 +80,7 @@ class _Dev:
         self._processes = processes
         self._reload = reload
         self._serves = server
-        self._server = "none"
+        self._server, self._console = "none", ""
         self._about: Mapping[str, Any] = {}
         self._known = asyncio.Event()
         self._app = _own_app()
@@ -145,7 +145,8 @@ class _Dev:
         except ConfigurationError as error:
             raise ConfigurationError(f"{error}, or use --no-server") from error
         host, _, _ = settings.bind.rpartition(":")
-        self._server = f"http://{host}:{server.site.port}/api/v1"
+        self._console = f"http://{host}:{server.site.port}/"
+        self._server = f"{self._console}api/v1"
 
     async def _listen(self, resources: AsyncExitStack) -> None:
         """Print every event of every run, whoever runs it."""
@@ -182,6 +183,7 @@ class _Dev:
                 "Broker": "embedded, in memory: it forgets everything at exit"
                 if self._embedded
                 else f"{mask(self._url)} (BROKERTASK_AMQP_URL), not the embedded one",
+                **({"Console": self._console} if self._console else {}),
                 "Server": self._server,
                 "Worker": f"{self._processes} process(es), {reload}",
                 "Tasks": tasks_at_work(self._about["tasks"]),

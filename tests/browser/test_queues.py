@@ -26,6 +26,9 @@ async def test_a_task_is_paused_fills_its_queue_and_is_resumed(
     await expect(page.get_by_role("status")).to_contain_text("told to begin no run")
     await expect(row.locator('[data-label="Limited by"]')).to_have_text("paused")
     await expect(row.locator("[data-label=Consumers]")).to_have_text("0")
+    other = await sitting.open()
+    await other.goto("tasks/echo")
+    await expect(other.get_by_role("button", name="Resume")).to_be_visible()
     run = await stage.tasks["echo"].trigger(1)
     await expect(row.locator("[data-label=Ready]")).to_have_text("1")
     await expect(row.locator("[data-label=Oldest]")).not_to_have_text(NOTHING)
@@ -57,7 +60,7 @@ async def test_these_pages_are_accessible_and_fit_a_phone(stage: Shop, sitting: 
     await expect(link).to_contain_text('<img src=x onerror="document.title=1"> \\u202eevil')
     group = await link.get_attribute("href")
     assert group is not None
-    await look(page, "dead", "queues", "jobs", "dead?task=echo", group)
+    await look(page, "dead", "queues", "jobs", "dead?task=echo", group, "dead/echo/-")
     await page.goto(group)
     await page.get_by_text("Discard…").click()
     await page.get_by_label("Reason", exact=True).fill(HOSTILE.replace("\u202e", ""))

@@ -6,8 +6,11 @@ import asyncio
 import fcntl
 import os
 import re
+import signal
+import socket
 import sys
-from asyncio.subprocess import PIPE, STDOUT
+import urllib.request
+from asyncio.subprocess import PIPE, STDOUT, Process
 from collections import Counter
 from pathlib import Path
 from typing import Final
@@ -24,17 +27,21 @@ DOCUMENTS: Final = [f"letter-{number:02}.txt" for number in range(12)]
 BROKEN: Final = "broken-scan.txt"
 
 
-async def demonstrate(folder: Path, url: str, *arguments: str) -> tuple[int, str]:
-    """Return the exit code and the output of a demonstration that is held in a folder."""
+async def begin(folder: Path, url: str, *arguments: str, bind: str = "127.0.0.1:0") -> Process:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("BROKERTASK_")}
     own = {"BROKERTASK_AMQP_URL": url, "BROKERTASK_CONNECT_TIMEOUT": "30", "COLUMNS": "100"}
-    process = await asyncio.create_subprocess_exec(
+    return await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "workers.documents", *arguments),
         cwd=folder,
-        env={**kept, **own, "PYTHONPATH": str(ROOT)},
+        env={**kept, **own, "BROKERTASK_SERVER_BIND": bind, "PYTHONPATH": str(ROOT)},
         stdout=PIPE,
         stderr=STDOUT,
     )
+
+
+async def demonstrate(folder: Path, url: str, *arguments: str) -> tuple[int, str]:
+    """Return the exit code and the output of a demonstration that is held in a folder."""
+    process = await begin(folder, url, *arguments)
     try:
         async with asyncio.timeout(SECONDS):
             said, _ = await process.communicate()
@@ -93,6 +100,38 @@ async def test_a_worker_is_killed_and_every_document_is_fetched_once(
     report = (tmp_path / WORK / "report.md").read_text()
     assert re.findall(r"^## (.+)$", report, re.MULTILINE) == DOCUMENTS
     assert len(re.findall("words, about: .*harbour", report)) == len(DOCUMENTS)
+
+
+@pytest.mark.anyio
+async def test_with_a_console_it_is_kept_open_until_it_is_interrupted(
+    url: str, letters: Path, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    process = await begin(tmp_path, url, "--input", str(letters), "--console", bind=address)
+    assert process.stdout is not None
+    said: list[str] = []
+    try:
+        async with asyncio.timeout(SECONDS):
+            while not said or "until Ctrl-C" not in said[-1]:
+                said.append((await process.stdout.readline()).decode())
+                assert said[-1], "".join(said)
+            assert f"console   http://{address}/ " in said[-1]
+            listed = await asyncio.to_thread(read_url, f"http://{address}/runs?status=failed")
+            assert "process_document" in listed
+            process.send_signal(signal.SIGINT)
+            await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0
+
+
+def read_url(url: str) -> str:
+    with urllib.request.urlopen(url) as response:
+        text: str = response.read().decode()
+        return text
 
 
 def table(said: str) -> dict[str, list[str]]:

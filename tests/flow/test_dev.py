@@ -173,7 +173,7 @@ async def test_a_server_beside_it_remembers_until_the_end(folder: Path) -> None:
     place.mkdir()
     (place / "dev.db").write_text("of one that was killed")
     async with dev(folder, "--no-reload") as command:
-        url = (await command.line("Server  http://127.0.0.1:")).split()[-1]
+        url = (await command.line("Server   http://127.0.0.1:")).split()[-1]
         async with client_of(command, folder) as app:
             run: Run[Any] = await app.client.trigger("version", {"path": "a"}, idempotency_key="k")
             assert await run.result(timeout=SECONDS) == 1

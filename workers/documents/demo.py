@@ -7,6 +7,7 @@ triggers and listens, and kills one of them when half of the documents are fetch
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -40,6 +41,7 @@ MOST_DOCUMENTS: Final = 60
 LARGEST: Final = 400_000
 """Bytes of a text that a run can remember with its sections, within BROKERTASK_MAX_MEMORY_BYTES."""
 PATIENCE: Final = 120.0
+DEFAULT_BIND: Final = "127.0.0.1:8070"
 
 
 def main() -> None:
@@ -52,21 +54,20 @@ def main() -> None:
 def demo(
     input: Annotated[Path | None, typer.Option(help="A folder of text; default: docs/.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
+    keep: Annotated[
+        bool, typer.Option("--console", help="Have a console, and keep it open until Ctrl-C.")
+    ] = False,
 ) -> None:
     """Process a folder of documents, kill a worker, and show what happened to each document."""
     texts = find((input or HERE / "docs").resolve())
-    began = time.monotonic()
     try:
         with alone():
-            report = asyncio.run(process([*texts, unreadable()], processes))
-            report.write(WORK / "report.md")
+            asyncio.run(process([*texts, unreadable()], processes, keep=keep))
+    except KeyboardInterrupt:
+        raise typer.Exit(0 if keep else 130) from None
     except (BrokertaskError, Unfinished) as error:
         console.print(f"[red]error[/]: {escape(str(error))}")
         raise typer.Exit(4 if isinstance(error, BrokertaskError) else 1) from None
-    report.show()
-    seconds = time.monotonic() - began
-    console.print(f"report    {WORK / 'report.md'}   ({seconds:.1f} s in all)")
-    show_next()
 
 
 def find(folder: Path) -> list[Path]:
@@ -93,13 +94,26 @@ def unreadable() -> Path:
     return path.resolve()
 
 
-async def process(documents: list[Path], processes: int) -> Report:
-    """Start workers, process the documents, and return what happened to them."""
+async def process(documents: list[Path], processes: int, *, keep: bool) -> None:
+    """Start workers, process the documents, and show what happened to them.
+
+    With `keep` there is a console, and the workers go on until they are interrupted.
+    """
+    began = time.monotonic()
     url = app.settings.broker_url()
     command = "dev" if url == EMBEDDED else "worker"
     console.print(f"workers   {processes} processes of `brokertask {command}`, one to be killed")
-    async with worker_processes(processes, url) as supervisor:
-        return await beside(supervisor, work(documents), patience=PATIENCE)
+    async with worker_processes(processes, url, server=keep) as running:
+        report = await beside(running, work(documents), patience=PATIENCE)
+        report.write(WORK / "report.md")
+        report.show()
+        seconds = time.monotonic() - began
+        console.print(f"report    {WORK / 'report.md'}   ({seconds:.1f} s in all)")
+        if keep:
+            bind = os.environ.get("BROKERTASK_SERVER_BIND", DEFAULT_BIND)
+            console.print(f"console   http://{bind}/   until Ctrl-C")
+            await beside(running, asyncio.Event().wait(), patience=None)
+    show_next()
 
 
 async def work(documents: list[Path]) -> Report:
@@ -151,6 +165,7 @@ def progress_bar() -> Progress:
 def show_next() -> None:
     """Print what to try next."""
     console.print("try next  make demo INPUT=/usr/share/common-licenses")
+    console.print("          make demo CONSOLE=1    and see every run in the browser")
     url = app.settings.broker_url()
     if url == EMBEDDED:
         console.print("          make demo BROKER=rabbitmq    the same on a real broker")

@@ -7,8 +7,8 @@ import fcntl
 import os
 import sys
 from asyncio.subprocess import DEVNULL, STDOUT, Process
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -21,6 +21,8 @@ ACCESS_LOG: Final = WORK / "access.log"
 EMBEDDED: Final = f"unix:{WORK}/.brokertask/dev.sock"
 """Where `brokertask dev` offers its embedded broker if it is started in `WORK`."""
 APP: Final = "workers.documents:app"
+STORE: Final = WORK / "server.db"
+STORE_VARIABLE: Final = "BROKERTASK_SERVER_STORE_URL"
 URL_VARIABLE: Final = "BROKERTASK_AMQP_URL"
 LAST_WORDS: Final = 5
 T = TypeVar("T")
@@ -47,20 +49,41 @@ def alone() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def worker_processes(count: int, url: str) -> AsyncIterator[Process]:
-    """Run worker processes, with an embedded broker if `url` is of it, until the block is left."""
+async def worker_processes(count: int, url: str, *, server: bool) -> AsyncIterator[list[Process]]:
+    """Run worker processes until the block is left, and with `server` one of those, too.
+
+    There is an embedded broker with them if `url` is of it.
+    """
     environment = {**os.environ, URL_VARIABLE: url, VARIABLE: str(ACCESS_LOG.absolute())}
     places = (str(HERE), os.environ.get("PYTHONPATH"))
     environment["PYTHONPATH"] = os.pathsep.join(place for place in places if place)
-    words = ["worker", APP, "--log-level", "warning"]
-    if url == EMBEDDED:
-        words = ["dev", APP, "--no-reload", "--no-server"]
-        del environment[URL_VARIABLE]
     ACCESS_LOG.unlink(missing_ok=True)
-    with LOG.open("wb") as log:
+    LOG.unlink(missing_ok=True)
+    many = ("--processes", str(count))
+    async with AsyncExitStack() as stack:
+        if url == EMBEDDED:
+            del environment[URL_VARIABLE]
+            words = ["dev", APP, "--no-reload", *many, *([] if server else ["--no-server"])]
+            yield [await stack.enter_async_context(_process(words, environment, WORK))]
+            return
+        found = []
+        if server:
+            STORE.unlink(missing_ok=True)
+            environment[STORE_VARIABLE] = f"sqlite+aiosqlite:///{STORE}"
+            found.append(await stack.enter_async_context(_process(["server"], environment)))
+        words = ["worker", APP, "--log-level", "warning", *many]
+        found.append(await stack.enter_async_context(_process(words, environment)))
+        yield found
+
+
+@asynccontextmanager
+async def _process(
+    words: Sequence[str], environment: Mapping[str, str], folder: Path | None = None
+) -> AsyncIterator[Process]:
+    with LOG.open("ab") as log:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "brokertask.cli", *words, "--processes", str(count)),
-            cwd=WORK if url == EMBEDDED else None,
+            *(sys.executable, "-m", "brokertask.cli", *words),
+            cwd=folder,
             env=environment,
             stdin=DEVNULL,
             stdout=log,
@@ -75,24 +98,27 @@ async def worker_processes(count: int, url: str) -> AsyncIterator[Process]:
         await process.wait()
 
 
-async def beside(process: Process, work: Coroutine[Any, Any, T], *, patience: float) -> T:
-    """Return what `work` returns, as long as a process lives.
+async def beside(
+    processes: Sequence[Process], work: Coroutine[Any, Any, T], *, patience: float | None
+) -> T:
+    """Return what `work` returns, as long as all processes live.
 
     Raises:
-        Unfinished: The process ended before, or it took longer than `patience` seconds.
+        Unfinished: One ended before, or it took longer than `patience` seconds.
     """
-    working, ended = asyncio.ensure_future(work), asyncio.ensure_future(process.wait())
+    working = asyncio.ensure_future(work)
+    ends = [asyncio.ensure_future(process.wait()) for process in processes]
     try:
         done, _ = await asyncio.wait(
-            {working, ended}, timeout=patience, return_when=asyncio.FIRST_COMPLETED
+            {working, *ends}, timeout=patience, return_when=asyncio.FIRST_COMPLETED
         )
         if working in done:
             return working.result()
-        if ended in done:
+        if done:
             said = LOG.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_WORDS:]
             raise Unfinished("\n".join(["the workers ended before their runs did:", *said]))
         raise Unfinished(f"not every run has ended after {patience:g} s; see {LOG}")
     finally:
-        for each in (working, ended):
+        for each in (working, *ends):
             each.cancel()
-        await asyncio.gather(working, ended, return_exceptions=True)
+        await asyncio.gather(working, *ends, return_exceptions=True)

@@ -14,7 +14,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from brokertask.server.api.app import OPERATIONS
 from brokertask.server.api.auth import Principal, Role
-from brokertask.server.api.gate import Gate, adapted, is_list, validated
+from brokertask.server.api.gate import Gate, adapted, check_right, is_list, validated
 from brokertask.server.api.operations import Call, Handler, Operation
 from brokertask.server.api.problems import Problem
 from brokertask.server.console.html import query
@@ -76,6 +76,14 @@ class Visit:
     def may(self, role: Role) -> bool:
         """Whether this visitor may what takes this role."""
         return self.principal.may(role)
+
+    def check(self, handler: Handler) -> None:
+        """Refuse who may not ask an operation, before what is sent is looked at.
+
+        Raises:
+            Problem: This visitor may not.
+        """
+        check_right(BY_HANDLER[handler], self.principal)
 
     def part(self, name: str) -> str:
         """Return a part of the path.

@@ -79,6 +79,7 @@ async def discard(visit: Visit) -> Response:
 
 
 async def _start(visit: Visit, action: Action, values: dict[str, Any]) -> Response:
+    visit.check(start_bulk)
     form = visit.form
     try:
         if action == "discard" and not form.get("reason", "").strip():
