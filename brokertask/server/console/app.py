@@ -18,6 +18,7 @@ from brokertask.server.console.desk import Desk, Page, Pages
 from brokertask.server.console.html import environment
 from brokertask.server.console.pages import (
     again,
+    audit,
     dead,
     inside,
     jobs,
@@ -25,13 +26,21 @@ from brokertask.server.console.pages import (
     queues,
     run,
     runs,
+    schedules,
+    settings,
     sign,
     tasks,
+    waits,
+    workers,
 )
 from brokertask.server.console.static import Static
 
 SECTIONS: Final[tuple[Pages, ...]] = tuple(
-    module.pages for module in (overview, runs, run, inside, again, tasks, queues, dead, jobs, sign)
+    module.pages
+    for module in (
+        *(overview, runs, run, inside, again, tasks, queues, dead, jobs),
+        *(waits, schedules, workers, audit, settings, sign),
+    )
 )
 """Every page, in the order of the navigation."""
 

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from brokertask.errors import BrokertaskError
-from brokertask.server.api.auth import Principal
+from brokertask.server.api.auth import Principal, Role
 from brokertask.server.api.gate import NOBODY, Gate
 from brokertask.server.api.guard import read_body
 from brokertask.server.api.problems import Problem, problem_of
@@ -64,11 +64,13 @@ class Pages:
         title: What it is called there; None: it has no entry.
         path: Where that leads.
         key: What to press behind `g` to get there.
+        role: Who sees that entry; what is behind it is guarded by its operations.
     """
 
     title: str | None = None
     path: str = ""
     key: str = ""
+    role: Role = "viewer"
     list: list[Page] = field(default_factory=list)
 
     def get(self, path: str, *, public: bool = False) -> Callable[[Handler], Handler]:
