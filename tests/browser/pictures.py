@@ -10,6 +10,7 @@ from typing import Final
 
 from playwright.async_api import BrowserContext, Locator, Page, async_playwright, expect
 
+from brokertask.server.console.app import SECTIONS
 from brokertask.statuses import STATUSES
 from tests.browser.shop import Shop, shop
 
@@ -25,17 +26,14 @@ async def prepare(stage: Shop) -> dict[str, str]:
         await stage.tasks["flaky"].trigger(f"order-{990 + number}")
     going = await stage.tasks["hold"].trigger("order-7")
     failed = await stage.tasks["flaky"].trigger("order-991")
+    pages = {each.title.lower().replace(" ", "-"): each.path for each in SECTIONS if each.title}
     return {
-        "overview": "",
-        "runs": "runs",
-        "tasks": "tasks",
+        **pages,
         "task": "tasks/order",
         "run": f"runs/{failed.run_id}",
         "timeline": f"runs/{going.run_id}",
         "payload": f"runs/{failed.run_id}/payload",
         "log": f"runs/{going.run_id}/logs",
-        "dead": "dead",
-        "queues": "queues",
     }
 
 

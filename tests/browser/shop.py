@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from brokertask import App, Context, Retry, Settings, Task
 from tests.api.stage import Stage, stage
+from tests.flow.deciding import until
 
 
 class Order(BaseModel):
@@ -76,6 +77,12 @@ async def shop(app: App | None = None) -> AsyncIterator[Shop]:
         made.api, made.url = api, f"http://127.0.0.1:{api.server.site.port}/"
         made.tasks = {"flaky": flaky, "hold": hold, "echo": echo, "order": order}
         made.open, made.broken = asyncio.Event(), True
-        async with owner.worker():
+        async with owner.worker(), api.client() as client:
+
+            async def heard() -> bool:
+                return bool((await client.get("/workers")).json())
+
+            # Before, it does not tell when runs begin: it knows of no server that records.
+            await until(heard)
             yield made
             made.open.set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from sqlalchemy import func, insert, select
 
@@ -13,9 +15,14 @@ from brokertask.server.store.schema import outbox
 from brokertask.topology import Route
 from brokertask.values import pack
 from tests.flow.deciding import until
-from tests.flow.serving import Serving
+from tests.flow.serving import serving
 
 pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def store_url(tmp_path: Path) -> str:
+    return f"sqlite+aiosqlite:///{tmp_path}/server.db"
 
 
 def an_app() -> App:
@@ -29,11 +36,11 @@ def an_app() -> App:
 
 
 async def test_messages_that_are_refused_keep_no_others_waiting(
-    monkeypatch: pytest.MonkeyPatch,
+    store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sending, "BATCH", 5)
     app = an_app()
-    async with app, Serving(app) as server:
+    async with app, serving(app, store_url) as server:
         resources = server.resources
         names = resources.names
         message = Message(body=b"\x01", type="pay", message_id="m", correlation_id="m")
@@ -47,17 +54,20 @@ async def test_messages_that_are_refused_keep_no_others_waiting(
             depth = await resources.transport.depth(names.queue("pay"))
             return depth is not None and depth.ready == 1
 
+        async def only_refused_ones_left() -> bool:
+            async with resources.store.read() as connection:
+                return await connection.scalar(select(func.count()).select_from(outbox)) == 10
+
         await until(taken)
-        async with resources.store.read() as connection:
-            assert await connection.scalar(select(func.count()).select_from(outbox)) == 10
+        await until(only_refused_ones_left)
 
 
 async def test_what_a_dead_server_has_claimed_is_published_by_another(
-    monkeypatch: pytest.MonkeyPatch,
+    store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sending, "CLAIM_MS", 300)
     app = an_app()
-    async with app, Serving(app) as server:
+    async with app, serving(app, store_url) as server:
         resources = server.resources
         names = resources.names
         message = Message(body=b"\x01", type="pay", message_id="m", correlation_id="m")

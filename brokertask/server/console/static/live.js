@@ -2,6 +2,7 @@
 // over what has changed. Rows are changed where they stand, and none comes or goes by itself.
 const PAUSE = 1000;
 const TRIES = 12;
+const AGAIN = 3; // How often a page is asked for that does not say up to when it is.
 const ENDS = ["completed", "failed", "expired", "cancelled"];
 const EVENTS = ["changed", "started", "step", "log", "progress", "warning", "retrying", "sleeping", "waiting", ...ENDS];
 
@@ -16,7 +17,7 @@ export function follow(main) {
   const heard = (event) => {
     const told = JSON.parse(event.data);
     wanted = Math.max(wanted, told.at_ms ?? 0);
-    tries = TRIES;
+    tries = "at" in main.dataset ? TRIES : AGAIN;
     over ||= "data-at" in main.attributes && ENDS.includes(event.type);
     if (over) source.close();
     plan(PAUSE / 4);
@@ -28,13 +29,13 @@ export function follow(main) {
     const shown = await again(main);
     tries -= 1;
     // The history is written a moment behind what is told.
-    if (tries > 0 && shown !== null && shown < wanted) plan(PAUSE);
+    if (tries > 0 && (shown === null || shown < wanted)) plan(PAUSE);
   }
 
   for (const name of EVENTS) source.addEventListener(name, heard);
   // What was missed while there was no stream is on the page.
-  source.addEventListener("open", () => { tries = 1; plan(0); });
-  source.addEventListener("lost", () => { tries = 1; plan(PAUSE); });
+  source.addEventListener("open", () => { tries = AGAIN; plan(0); });
+  source.addEventListener("lost", () => { tries = AGAIN; plan(PAUSE); });
 }
 
 // Takes over what has changed, and returns the instant of the latest that the page knows of.
