@@ -34,8 +34,6 @@ async def prepare(stage: Shop) -> dict[str, str]:
         "timeline": f"runs/{going.run_id}",
         "payload": f"runs/{failed.run_id}/payload",
         "log": f"runs/{going.run_id}/logs",
-        "dead": "dead",
-        "queues": "queues",
     }
 
 
