@@ -25,7 +25,7 @@ async def stage(anyio_backend: str) -> AsyncIterator[Shop]:
 
     @app.task
     async def refund(order: str, ctx: Context) -> Any:
-        decision = await ctx.wait_for(ctx.token("approval <b>", Any, timeout="7d"))
+        decision = await ctx.wait_for(ctx.token("approval <b>", dict[str, Any], timeout="7d"))
         return f"rejected: {decision.reason}" if isinstance(decision, Rejected) else decision
 
     @app.task(schedule=Schedule(cron="0 3 * * *", payload="inbox"))
