@@ -10,6 +10,7 @@ from typing import Final
 
 from playwright.async_api import BrowserContext, Locator, Page, async_playwright, expect
 
+from brokertask import App, Context, Schedule, Settings
 from brokertask.server.console.app import SECTIONS
 from brokertask.statuses import STATUSES
 from tests.browser.shop import Shop, shop
@@ -19,11 +20,27 @@ SIZE: Final = {"width": 1040, "height": 600}
 PATIENCE_MS: Final = 30_000
 
 
+def office() -> App:
+    """Return an app with a task that waits for somebody, and one that has a schedule."""
+    app = App("shop", settings=Settings(amqp_url="memory:"))
+
+    @app.task
+    async def refund(order: str, ctx: Context) -> str:
+        return str(await ctx.wait_for(ctx.token("approval", str, timeout="7d")))
+
+    @app.task(schedule=Schedule(cron="0 3 * * *", tz="Europe/Berlin"))
+    async def report() -> None:
+        pass
+
+    return app
+
+
 async def prepare(stage: Shop) -> dict[str, str]:
     """Have something to see; return the paths of the pages by the names of their pictures."""
     for number in range(6):
         await stage.tasks["order"].trigger({"customer": "Ada", "number": number})
         await stage.tasks["flaky"].trigger(f"order-{990 + number}")
+    await stage.api.app.tasks["refund"].trigger("order-990")
     going = await stage.tasks["hold"].trigger("order-7")
     failed = await stage.tasks["flaky"].trigger("order-991")
     pages = {each.title.lower().replace(" ", "-"): each.path for each in SECTIONS if each.title}
@@ -41,6 +58,7 @@ def signs(page: Page, paths: dict[str, str]) -> Iterator[tuple[str, Locator]]:
     """Yield what says that everything was recorded, and the path of the page that says it."""
     yield "runs?status=failed", page.locator("[data-rows] tr").nth(6)
     yield "runs?status=completed", page.locator("[data-rows] tr").nth(5)
+    yield "waits", page.locator("form").first
     yield paths["timeline"], page.locator(f".status-{STATUSES['running'].name}").first
 
 
@@ -62,7 +80,7 @@ async def take(context: BrowserContext, scheme: str, paths: dict[str, str]) -> N
 
 async def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    async with shop() as stage, async_playwright() as playwright:
+    async with shop(office()) as stage, async_playwright() as playwright:
         program = shutil.which("chromium")
         browser = await playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         paths = await prepare(stage)
