@@ -6,7 +6,7 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -15,7 +15,6 @@ from brokertask.errors import ConfigurationError, InvalidOption
 from brokertask.payloads import check_url
 from brokertask.topology import Names
 
-PREFIX: Final = "BROKERTASK_"
 DEFAULT_URL: Final = "amqp://guest:guest@127.0.0.1:5672/"
 DataPlane: TypeAlias = Literal["direct", "aio-pika"]
 DEV_SOCKET: Final = Path(".brokertask/dev.sock")
@@ -56,10 +55,26 @@ def _seconds(value: Any) -> float:
 Seconds = Annotated[float, BeforeValidator(_seconds)]
 
 
-class Settings(BaseModel):
-    """Everything a deployment may set. Arguments given in code win over the environment."""
+class Environment(BaseModel):
+    """Settings, each from a variable of a prefix and its name in capitals; arguments win."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    prefix: ClassVar[str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_environment(cls, given: Any) -> Any:
+        # Not by pydantic-settings: its import takes longer than all of this package's.
+        written = {name.lower(): value for name, value in os.environ.items() if value}
+        known = {name: written.get(f"{cls.prefix.lower()}{name}") for name in cls.model_fields}
+        return {name: value for name, value in known.items() if value is not None} | given
+
+
+class Settings(Environment):
+    """Everything a deployment may set. Arguments given in code win over the environment."""
+
+    prefix = "BROKERTASK_"
 
     amqp_url: Annotated[str | None, AfterValidator(_known_scheme), Field(repr=False)] = None
     """The broker: `amqp(s)://user:password@host:port/vhost`, or the embedded one: `memory:` in
@@ -100,14 +115,6 @@ class Settings(BaseModel):
     renewed, so that a run may last longer."""
     thread_limit: int = Field(default=40, ge=1, le=1_000)
     """Threads a worker process uses for tasks that are sync functions, all tasks together."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_environment(cls, given: Any) -> Any:
-        # Not by pydantic-settings: its import takes longer than all of this package's.
-        written = {name.lower(): value for name, value in os.environ.items() if value}
-        known = {name: written.get(f"{PREFIX.lower()}{name}") for name in cls.model_fields}
-        return {name: value for name, value in known.items() if value is not None} | given
 
     @property
     def names(self) -> Names:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from brokertask.errors import ConfigurationError
-from brokertask.settings import Seconds
+from brokertask.settings import Environment, Seconds
 
 SCHEMES = ("sqlite+aiosqlite://", "postgresql+asyncpg://")
 
@@ -20,15 +20,14 @@ def _store(url: str) -> str:
     return url
 
 
-class ServerSettings(BaseSettings):
+def _array(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+class ServerSettings(Environment):
     """Everything about a server beside its broker, which is in `Settings`."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="BROKERTASK_SERVER_",
-        frozen=True,
-        env_ignore_empty=True,
-        hide_input_in_errors=True,
-    )
+    prefix = "BROKERTASK_SERVER_"
 
     store_url: Annotated[str, AfterValidator(_store), Field(repr=False)] = (
         "sqlite+aiosqlite:///.brokertask/server.db"
@@ -36,7 +35,7 @@ class ServerSettings(BaseSettings):
     """The store: SQLite for one machine, `postgresql+asyncpg://user:password@host/database`."""
     bind: str = "127.0.0.1:8070"
     """Where the API listens. Any address but one of loopback needs an API token to start."""
-    allowed_hosts: tuple[str, ...] = ()
+    allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_array)] = ()
     """Host names that the API answers to beside those of loopback, as a JSON array: the name that
     a proxy in front of it is known by."""
     keep_for: Annotated[Seconds, Field(ge=60)] = 30 * 86_400.0
@@ -53,5 +52,5 @@ def server_settings() -> ServerSettings:
     """
     try:
         return ServerSettings()
-    except (ValidationError, ValueError) as error:
+    except ValidationError as error:
         raise ConfigurationError(f"BROKERTASK_SERVER_*: {error}") from None
