@@ -19,17 +19,21 @@ TRIES = 10
 SCROLL = """
 async () => {
   const port = document.querySelector(".timeline-port");
-  const gaps = [];
   const next = () => new Promise((done) => requestAnimationFrame(done));
+  const longest = async (act) => {
+    let found = 0;
+    for (let number = 0; number <= 120; number += 1) {
+      const since = await next();
+      act(number);
+      found = Math.max(found, await next() - since);
+    }
+    return found;
+  };
   for (let number = 0; number < 20; number += 1) await next();
   const most = port.scrollHeight - port.clientHeight;
-  for (let number = 0; number <= 120; number += 1) {
-    const since = await next();
-    port.scrollTop = (most * number) / 120;
-    gaps.push(await next() - since);
-  }
-  gaps.sort((one, other) => one - other);
-  return { longest: gaps.at(-1), top: port.scrollTop, most };
+  const idle = await longest(() => {});
+  const scrolled = await longest((number) => { port.scrollTop = (most * number) / 120; });
+  return { idle, scrolled, top: port.scrollTop, most };
 }
 """
 
@@ -63,13 +67,15 @@ async def test_ten_thousand_steps_scroll_without_a_long_frame(
     page = await sitting.go(f"runs/{run.run_id}")
     await expect(page.locator(".timeline-bar .note")).to_contain_text(re.compile("1000[12] of"))
     # A browser that shares its processor has long frames that are not the page's: of a few tries
-    # one must be without.
+    # one must be without. Where nothing is scrolled they show how slow the machine is.
     tries: list[float] = []
+    idle: list[float] = []
     while len(tries) < TRIES and min(tries, default=LONGEST_FRAME_MS) >= LONGEST_FRAME_MS:
         seen = await page.evaluate(SCROLL)
         assert seen["top"] >= seen["most"] - 1
-        tries.append(seen["longest"])
-    print(f"the longest frame of each try, in ms: {tries}")
-    assert min(tries) < LONGEST_FRAME_MS
+        tries.append(seen["scrolled"])
+        idle.append(seen["idle"])
+    print(f"the longest frame of each try, in ms: {tries}; without scrolling: {idle}")
+    assert min(tries) < max(LONGEST_FRAME_MS, 2 * min(idle))
     assert await page.locator(".timeline-row").count() < 60
     await expect(page.locator(".timeline-name").filter(has_text="step 9999")).to_be_visible()
