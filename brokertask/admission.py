@@ -7,7 +7,8 @@ Such a trigger is an ordinary one, published to the servers with the headers bel
 | ----------------- | -------------------------------------------------------------------- |
 | `bt-admit`        | `idempotency`, `debounce` or `singleton`                             |
 | `bt-key`          | the key, of the task and of this kind                                |
-| `bt-mode`         | of a debounce: `leading`, `trailing`; of a singleton: `skip`         |
+| `bt-mode`         | of a debounce: `leading`, `trailing`                                 |
+|                   | of a singleton: `skip`, `replace`                                    |
 | `bt-ttl`          | ms that the key is kept at most; of a debounce: ms of quiet          |
 | `bt-max-delay`    | of a debounce: ms after which it ends, quiet or not                  |
 """
@@ -33,7 +34,7 @@ MAX_KEY: Final = 512
 DEFAULT_TTL: Final = "24h"
 
 Kind: TypeAlias = Literal["idempotency", "debounce", "singleton"]
-Mode: TypeAlias = Literal["", "leading", "trailing", "skip"]
+Mode: TypeAlias = Literal["", "leading", "trailing", "skip", "replace"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +57,19 @@ class Debounce:
 
 @dataclass(frozen=True, slots=True)
 class Singleton:
-    """Skips a trigger while a run of this key is unfinished, and gives back that run.
+    """Keeps two runs of one key from being wanted at a time.
 
     Attributes:
         key: What only one run at a time shall be for, beside the task.
         ttl: A run of which no end was heard holds the key no longer than this.
+        mode: `skip`: a trigger that comes while a run is unfinished gives back that run.
+            `replace`: it cancels that run, and its own begins; until the first has cleaned up,
+            there are two.
     """
 
     key: str
     ttl: Duration = DEFAULT_TTL
+    mode: Literal["skip", "replace"] = "skip"
 
 
 def _is_key(key: object) -> bool:
@@ -195,11 +200,13 @@ def _debounce(debounce: Debounce) -> Admission:
 def _singleton(singleton: Singleton) -> Admission:
     if not isinstance(singleton, Singleton):
         raise InvalidOption(f"singleton is a Singleton(...), not {singleton!r:.80}")
+    if singleton.mode not in ("skip", "replace"):
+        raise InvalidOption(f"singleton: mode is 'skip' or 'replace', not {singleton.mode!r}")
     return Admission(
         kind="singleton",
         key=_key(singleton.key, "singleton: key"),
         ttl_ms=_ms(singleton.ttl, "singleton: ttl"),
-        mode="skip",
+        mode=singleton.mode,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Final
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from brokertask.admission import Admission, Answer
+from brokertask.control import Entry
 from brokertask.deadletter import bury_raw
 from brokertask.envelope import Envelope
 from brokertask.errors import EnvelopeError, InvalidOption, PublishError
@@ -69,6 +70,7 @@ class Admissions:
                 decision = await keys.decide(connection, request, now_ms=now_ms)
                 if decision.begins:
                     begun.append(request.envelope)
+                await call_off(resources, connection, decision, now_ms=now_ms)
                 answers.append((delivery, _answer(decision)))
             # After all decisions: what it writes to, other servers may be at, too.
             await send(resources, connection, begun, now_ms=now_ms)
@@ -131,6 +133,17 @@ class Admissions:
                 resources.outbox.poke()
             else:
                 await resources.wait_until(next_ms, self._sooner, poll=POLL)
+
+
+async def call_off(
+    resources: Resources, connection: AsyncConnection, decision: Decision, *, now_ms: int
+) -> None:
+    """Have the run cancelled, when the transaction is committed, that another one replaces."""
+    if decision.replaces is None:
+        return
+    reason = f"replaced by run {decision.run_id}"
+    entry = Entry(kind="cancel", subject=decision.replaces, at_ms=now_ms, reason=reason)
+    await resources.outbox.add(connection, resources.names.control_route(), entry.message())
 
 
 async def send(

@@ -18,7 +18,7 @@ from brokertask.admission import Admission
 from brokertask.envelope import Envelope, Message
 from brokertask.events import CANCELLED, EXPIRED, FAILED, Event
 from brokertask.server.messages import pack_message, unpack_message
-from brokertask.server.store.schema import endings, keys
+from brokertask.server.store.schema import endings, keys, runs
 from brokertask.server.store.upsert import put_new
 from brokertask.values import kind_of
 
@@ -68,6 +68,8 @@ class Decision:
     """The run that the trigger stands for."""
     begins: bool = False
     """The run is its own, to be published now."""
+    replaces: str | None = None
+    """The run that is to be cancelled for it."""
     refused: str | None = None
 
 
@@ -84,12 +86,26 @@ async def decide(connection: AsyncConnection, request: Request, *, now_ms: int) 
     if request.trailing:
         return await _put_off(connection, request, held, now_ms)
     if held.expires_ms > now_ms and not await _is_free(connection, request, held.run_id):
+        if request.admission.mode == "replace":
+            return await _replaced(connection, request, held, now_ms)
         return await _joined(connection, request, held, now_ms)
     if await _ending(connection, request.envelope.run_id) is not None:
         # It has been through here before, and its key is another's since.
         return Decision(request.envelope.run_id)
     await connection.execute(update(keys).where(*mine).values(_row(request, now_ms)))
     return Decision(request.envelope.run_id, begins=held.run_id != request.envelope.run_id)
+
+
+async def _replaced(
+    connection: AsyncConnection, request: Request, held: Row[Any], now_ms: int
+) -> Decision:
+    """Let a trigger take the key from the run that holds it."""
+    own = request.envelope.run_id
+    # One that comes again must not take it from the run that has replaced its own since.
+    if await connection.scalar(select(runs.c.run_id).where(runs.c.run_id == own)) is not None:
+        return Decision(own)
+    await connection.execute(update(keys).where(*_mine(request)).values(_row(request, now_ms)))
+    return Decision(own, begins=True, replaces=held.run_id)
 
 
 async def _joined(

@@ -103,6 +103,7 @@ async def _admit(
         decision = await keys.decide(connection, request, now_ms=now_ms)
         if decision.begins:
             await admission.send(resources, connection, [envelope], now_ms=now_ms)
+        await admission.call_off(resources, connection, decision, now_ms=now_ms)
     resources.outbox.poke()
     own = decision.run_id == envelope.run_id
     return Triggered(decision.run_id, own, decision.refused)

@@ -20,14 +20,17 @@ from brokertask import (
     PublishUnknown,
     Retry,
     Run,
+    RunCancelled,
     RunFailed,
     Settings,
     Singleton,
     Unroutable,
 )
+from brokertask.admission import Admission
 from brokertask.clock import VirtualClock
-from brokertask.envelope import Message
-from brokertask.server import history
+from brokertask.envelope import Envelope, Message
+from brokertask.server import history, keys
+from brokertask.server.admission import send
 from brokertask.server.service import Server
 from brokertask.topology import Route
 from brokertask.transport.memory import MemoryBroker
@@ -286,6 +289,7 @@ async def test_what_is_no_such_trigger_is_buried_and_the_next_is_decided(
         {"debounce": Debounce("k", "10s", mode="middle")},  # type: ignore[arg-type]
         {"debounce": "k"},
         {"singleton": True},
+        {"singleton": Singleton("k", mode="last")},  # type: ignore[arg-type]
     ],
 )
 async def test_what_makes_no_sense_is_refused_before_it_is_sent(
@@ -380,6 +384,46 @@ async def test_a_singleton_gives_back_the_run_that_goes_on(shop: Shop) -> None:
                 third = await shop.charge.trigger(4, singleton=only)
         assert await third.result(timeout=20) == 8
     assert shop.done == [1, 3, 4]
+
+
+async def test_a_singleton_that_replaces_cancels_the_run_that_goes_on(
+    shop: Shop, server: Server
+) -> None:
+    only = Singleton("customer-7", mode="replace")
+    shop.gate.clear()
+    async with working(shop.app):
+        first = await shop.charge.trigger(1, singleton=only)
+        await eventually(lambda: shop.done == [1])
+        second = await shop.charge.trigger(2, singleton=only)
+        assert second.run_id != first.run_id
+        with pytest.raises(RunCancelled, match=f"replaced by run {second.run_id}"):
+            await first.result(timeout=20)
+        shop.gate.set()
+        assert await second.result(timeout=20) == 4
+    assert shop.done == [1, 2]
+
+
+async def test_a_trigger_that_comes_again_replaces_nothing(shop: Shop, server: Server) -> None:
+    """Its server died after it had decided, and before it had said so."""
+    asked = Admission.of(None, "1h", None, Singleton("k", mode="replace"))
+    assert asked is not None
+    envelopes = [
+        Envelope(run_id=f"run-{number}", task="charge", payload=pack(number)) for number in (1, 2)
+    ]
+    first, second = (keys.Request(envelope=envelope, admission=asked) for envelope in envelopes)
+    resources, decided = server.resources, []
+    async with resources.store.begin() as connection:
+        for request in (first, second, first, second):
+            decision = await keys.decide(connection, request, now_ms=1_000)
+            begun = [request.envelope] if decision.begins else []
+            await send(resources, connection, begun, now_ms=1_000)
+            decided.append((decision.run_id, decision.begins, decision.replaces))
+    assert decided == [
+        ("run-1", True, None),
+        ("run-2", True, "run-1"),
+        ("run-1", False, None),
+        ("run-2", False, None),
+    ]
 
 
 @pytest.mark.usefixtures("server")

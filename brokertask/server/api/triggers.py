@@ -36,10 +36,11 @@ class DebounceOption(Strict):
 
 
 class SingletonOption(Strict):
-    """No run while another one of this key is unfinished."""
+    """No run while another one of this key is unfinished, or in place of that one."""
 
     key: Key
     ttl: DurationText = DEFAULT_TTL
+    mode: Literal["skip", "replace"] = "skip"
 
 
 class NewRun(Strict):
