@@ -14,18 +14,18 @@ from typing import Final, TypeAlias
 
 from brokertask.durations import readable
 from brokertask.envelope import Envelope, Message
-from brokertask.errors import AccessDenied, BrokertaskError, EnvelopeError
+from brokertask.errors import BrokertaskError, EnvelopeError
 from brokertask.events import ENDS, LOG, STEP, Event, asked_for
 from brokertask.presence import WORKER, Presence
 from brokertask.server import details, history, servers, workers
 from brokertask.server.asks import Asks
 from brokertask.server.batches import Batches
+from brokertask.server.copies import Copies
 from brokertask.server.outcomes import ending_of, record_endings, record_signals, signal_of
 from brokertask.server.redactor import kept
 from brokertask.server.resources import Resources
 from brokertask.server.runs import event_fact, record, trigger_fact
 from brokertask.server.waits import Waits
-from brokertask.topology import Topology, copies
 from brokertask.transport.base import Delivery
 
 log = logging.getLogger("brokertask.server")
@@ -47,7 +47,7 @@ class Recorder:
         self._resources = resources
         self._waits = waits
         self._asks = asks
-        self._bound: set[str] = set()
+        self._copies = Copies(resources)
         self._late_ms = 0
         self.lag_ms = 0
 
@@ -55,7 +55,7 @@ class Recorder:
         """Take in what comes, until cancelled."""
         async with self._resources.store.read() as connection:
             known = await history.tasks(connection)
-        await self._bind(known)
+        await self._copies.want(known)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._consume("events", self._hear))
             group.create_task(self._consume("triggers", self._see))
@@ -123,7 +123,7 @@ class Recorder:
         await self._waits.came("run", run_ids)
         await self._waits.came("event", {str(signal["key"]) for signal in signals})
         await self._asks.ended(run_ids)
-        await self._bind({event.task for event in events})
+        await self._copies.want({event.task for event in events})
         if events:
             oldest_ms = min(event.at_ms for event in events)
             self._late_ms = max(self._late_ms, self._resources.clock.now_ms() - oldest_ms)
@@ -138,19 +138,9 @@ class Recorder:
                 now_ms = self._resources.clock.now_ms()
                 await servers.record(connection, now_ms=now_ms, lag_ms=self.lag_ms)
                 known = await history.tasks(connection)
-            await self._bind(known)
+            await self._copies.check()
+            await self._copies.want(known)
             await asyncio.sleep(servers.EVERY)
-
-    async def _bind(self, tasks: Iterable[str]) -> None:
-        """Have copies of the triggers of tasks from now on."""
-        names = self._resources.names
-        for task in sorted(set(tasks) - self._bound):
-            self._bound.add(task)
-            seen = Topology((), (), (copies(names, task),))
-            try:
-                await self._resources.transport.declare(seen)
-            except AccessDenied as error:
-                log.warning("runs of %s are recorded only when they begin: %s", task, error)
 
 
 def _asked(events: Iterable[Event]) -> list[Envelope]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from brokertask import App, Context, Event, Settings
+from brokertask import App, Context, Event, Settings, Unroutable
 from brokertask.events import LOG, STARTED, STEP
-from brokertask.server import details, history, workers
+from brokertask.server import details, history, servers, workers
 from brokertask.server.service import Server
 from brokertask.values import MSGPACK, decode
 from tests.flow.deciding import until as until_asked
@@ -37,6 +37,40 @@ async def row_of(server: Server, run_id: str) -> Mapping[str, Any] | None:
     assert server.resources is not None
     async with server.resources.store.begin() as connection:
         return await history.shown(connection, run_id)
+
+
+async def test_a_task_whose_queue_is_gone_takes_no_triggers(
+    app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "EVERY", 0.1)
+    queue = app.settings.names.queue("short")
+
+    @app.task
+    async def short() -> None:
+        pass
+
+    async def copied() -> bool:
+        run = await short.trigger()
+        await run.result(timeout=SECONDS)
+        row = await row_of(server, run.run_id)
+        return row is not None and row["payload"] is not None
+
+    async def refused() -> bool:
+        try:
+            await short.trigger()
+        except Unroutable:
+            return True
+        return False
+
+    async with app, serving(app, tmp_path) as server:
+        async with app.worker() as worker:
+            await until_known(server, worker)
+            await until_asked(copied)
+        await server.resources.transport.delete(queue)
+        await until_asked(refused)
+        await server.resources.transport.declare(app.topology())
+        async with app.worker():
+            await until_asked(copied)
 
 
 async def test_a_run_shows_from_its_beginning_with_its_steps_and_log(
