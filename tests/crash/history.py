@@ -182,7 +182,7 @@ class Play:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.work.trigger(options.runs))
                 harm = group.create_task(self._harm())
-                while self.work.ended < options.runs:  # noqa: ASYNC110 (nobody tells)
+                while not self._over:  # noqa: ASYNC110 (nobody tells)
                     await asyncio.sleep(0.1)
                 harm.cancel()
             outcome.worked = time.monotonic() - began
@@ -195,6 +195,12 @@ class Play:
         outcome.wrong += [problem async for problem in self._problems()]
         await self.store.close()
         return outcome
+
+    @property
+    def _over(self) -> bool:
+        """Whether every run has ended, and every server was killed that was to be."""
+        options, outcome = self.outcome.options, self.outcome
+        return self.work.ended >= options.runs and outcome.kills >= options.kills
 
     async def _heard(self) -> None:
         """Return when servers have copies of the task's triggers: from then on they miss none."""
@@ -227,8 +233,8 @@ class Play:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(self._random.uniform(0, 0.5))
             await self.servers.kill()
-            self.outcome.kills += 1
             await self.servers.start()
+            self.outcome.kills += 1
         while self._cluster is not None and options.outages:
             await asyncio.sleep(5.0)
             await asyncio.to_thread(self._cluster.stop)
