@@ -35,8 +35,10 @@ PATIENCE: Final = 15
 """Seconds with a connection in which a lost delivery has come back, unless it is elsewhere: what
 a dying node was moving between two queues is moved again after ten."""
 SILENCE: Final = 0.9
-"""After a publish that had no answer for this part of its time-out, a new queue is made: one that
-was declared just before a broker died may have no leader. A lost connection is told sooner."""
+"""After a publish that had no answer for this part of its time-out, a new queue is made: one may
+come back from a dead broker without a leader. A lost connection is told sooner."""
+LOOK: Final = 0.1
+"""Seconds between two looks at the connection; a broker takes longer to come back."""
 BACKOFF_MAX: Final = 10.0
 
 
@@ -53,7 +55,11 @@ class _Arrival:
 
 
 class Inflight:
-    """One worker's queue, made when it is first needed: plain short runs never need it."""
+    """One worker's queue, made when it is first needed: plain short runs never need it.
+
+    Who expects to need it has it made early: nothing is put into it before it would survive a
+    crash of the broker, see `Transport.settling`.
+    """
 
     def __init__(
         self,
@@ -70,6 +76,7 @@ class Inflight:
         self._timeout = timeout
         self._receive = receive
         self._opening = asyncio.Lock()
+        self._made = 0
         self._queue: str | None = None
         self._queues: list[str] = []
         self._consumers: list[Consumer] = []
@@ -173,17 +180,40 @@ class Inflight:
                 waited += self._transport.connected
         return lease.live or arrival.live
 
+    async def prepare(self) -> None:
+        """Make the queue before a run waits for it; if that fails now, a checkpoint tries again."""
+        try:
+            await self._open()
+        except BrokertaskError as error:
+            log.warning("worker %s has no inflight queue yet: %s", self._worker, error)
+
     async def _open(self) -> str:
-        """Return the queue, made and consumed."""
+        """Return the queue, made, consumed and settled."""
         async with self._opening:
-            if self._queue is None:
+            while self._queue is None:
                 name = f"{self._names.inflight}.{self._worker}"
-                name += f".{len(self._queues) + 1}" if self._queues else ""
+                name += f".{self._made + 1}" if self._made else ""
                 await self._transport.declare(inflight(self._names, name))
+                self._made += 1
                 self._queues.append(name)
                 self._consumers.append(await self._transport.consume(name, self._take, prefetch=0))
-                self._queue = name
+                if await self._settles():
+                    self._queue = name
+                else:
+                    # Perhaps without a leader from now on. It is empty, and goes by itself.
+                    self._queues.remove(name)
+                    await self._consumers.pop().close()
             return self._queue
+
+    async def _settles(self) -> bool:
+        """Wait for as long as the transport says; False if a connection was lost meanwhile."""
+        loop = asyncio.get_running_loop()
+        until, connected = loop.time() + self._transport.settling, self._transport.connected
+        while (left := until - loop.time()) > 0:
+            await asyncio.sleep(min(left, LOOK))
+            if connected and not self._transport.connected:
+                return False
+        return True
 
     def _take(self, delivery: Delivery) -> None:
         self._held = {held for held in self._held if held.live}

@@ -143,6 +143,9 @@ class Worker:
             self._executor = self._make_executor(transport, inflight, reports, state)
             keeping = asyncio.create_task(self._executor.keep())
             self._resources.callback(keeping.cancel)
+            if any(task.takes_context for task in self.tasks):
+                preparing = asyncio.create_task(inflight.prepare())
+                self._resources.callback(preparing.cancel)
             self._resources.push_async_callback(self._steering.stop)
             await self._steering.start(transport)
             await self._intake.start(transport)

@@ -147,6 +147,11 @@ class Transport(Protocol):
         """Whether a message that is dead-lettered takes its count of lost deliveries along."""
         ...
 
+    @property
+    def settling(self) -> float:
+        """Seconds after which a queue that was declared survives a crash of the broker."""
+        ...
+
     async def open(self, *, timeout: float) -> None:
         """Connect. Afterwards the transport reconnects by itself, with backoff, until closed.
 

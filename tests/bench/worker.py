@@ -79,6 +79,7 @@ class Nowhere:
     receive: Receive | None = None
     connected: bool = True
     carries_losses: bool = True
+    settling: float = 0.0
     waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
     async def open(self, *, timeout: float) -> None:

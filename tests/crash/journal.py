@@ -19,8 +19,9 @@ from brokertask import Context
 VARIABLE = "CRASH_JOURNAL"
 DURABLE_VARIABLE = "CRASH_JOURNAL_DURABLE"
 STARTED = "started"
-ENDED = ("finished", "left")
-"""`left`: the body ended by an exception, or was cancelled."""
+LEFT = "left"
+"""The body ended by an exception, or was cancelled."""
+ENDED = ("finished", LEFT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Pen:
         try:
             yield
         except BaseException:
-            self.write("left", context)
+            self.write(LEFT, context)
             raise
         self.write("finished", context)
 

@@ -20,7 +20,7 @@ from typing import Final
 from infra.rabbitmq.node import Node
 from tests.crash import subject
 from tests.crash.day import spend
-from tests.crash.journal import DURABLE_VARIABLE, ENDED, STARTED, Entry
+from tests.crash.journal import DURABLE_VARIABLE, ENDED, LEFT, STARTED, Entry
 from tests.crash.stage import Stage, WorkerProcess, eventually, kill, start_worker
 
 TASK: Final = "stepping"
@@ -29,10 +29,14 @@ ENDING: Final = 180.0
 SETTLING: Final = 11.0
 SLOWEST: Final = 0.2
 """Seconds that a step takes at most."""
+UNREAD: Final = "killed before the broker read its ack"
+READING: Final = 0.05
+"""Seconds after an ack in which it may be unread, and is lost with the connection."""
 BROKER_DIED: Final = "in hands when a broker died"
 EXPLAINED: Final = (
     BROKER_DIED,
     *(f"killed after it told `{fact}`" for fact in ("did", "confirmed", "finished")),
+    UNREAD,
 )
 """Why two messages of one run may exist: also a process that died between a confirm and its ack."""
 
@@ -225,16 +229,25 @@ class Stepping:
         return again
 
     def _doubled_at(self, told: list[Entry]) -> float | None:
-        """Return when an attempt began before the last one, or the run itself, had ended."""
+        """Return when two messages of a run were seen.
+
+        An attempt began before the last one, or the run itself, had ended; or with a number that
+        an earlier one had passed already; or it was told to leave the run to another.
+        """
         latest: Entry | None = None
         finished = False
         for entry in told:
             if entry.fact == STARTED:
-                if finished or (latest is not None and self._ends(latest, told) > entry.at):
+                if finished or (latest is not None and self._doubles(entry, latest, told)):
                     return entry.at
                 latest = entry
+            elif entry.fact == LEFT:
+                return entry.at
             finished = finished or entry.fact == "finished"
         return None
+
+    def _doubles(self, start: Entry, latest: Entry, told: list[Entry]) -> bool:
+        return start.attempt < latest.attempt or start.at < self._ends(latest, told)
 
     def _ends(self, start: Entry, told: list[Entry]) -> float:
         for entry in told:
@@ -253,8 +266,11 @@ class Stepping:
         at = max(faults)
         if faults[at] == 0:
             return BROKER_DIED
-        last = [entry.fact for entry in told if entry.pid == faults[at] and entry.at <= at][-1]
-        return f"killed after it told `{last.partition(':')[0]}`"
+        last = [entry for entry in told if entry.pid == faults[at] and entry.at <= at][-1]
+        fact = last.fact.partition(":")[0]
+        if fact == "safe" and at - last.at < READING:
+            return UNREAD
+        return f"killed after it told `{fact}`"
 
 
 async def play(

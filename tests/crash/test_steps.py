@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from urllib.parse import quote, urlsplit
 
 import pytest
 
-from tests.crash.stage import Gate, Stage, kill
+from brokertask.transport.rabbitmq.link import BACKOFF_MAX
+from tests.crash.stage import SECONDS, Gate, Stage, kill
 
 pytestmark = pytest.mark.anyio
 
@@ -44,6 +46,19 @@ async def test_a_document_is_fetched_once_however_often_its_summary_fails(
     assert told(stage, run.run_id, "did:fetch") == 1
     assert told(stage, run.run_id, "did:fan out") == 1
     await stage.check()
+
+
+async def test_a_step_of_a_new_worker_survives_the_broker(frail: Stage, gate: Gate) -> None:
+    """A queue that is used as soon as it is declared is gone with all that it had confirmed."""
+    await frail.worker()
+    run = await frail.trigger("stepping_held", str(gate))
+    await frail.until_told(run.run_id, "began:second")
+    await asyncio.to_thread(frail.node.kill)
+    await asyncio.to_thread(frail.node.start)
+    gate.open()
+    await run.result(timeout=SECONDS + BACKOFF_MAX)
+    assert told(frail, run.run_id, "did:first") == 1
+    await frail.check(timeout=60)
 
 
 async def test_a_worker_that_stops_leaves_no_queue_behind(stage: Stage, gate: Gate) -> None:
@@ -87,6 +102,8 @@ async def test_told_to_stop_a_worker_hands_on_a_run_that_sleeps(stage: Stage) ->
 
 async def test_a_long_sleep_leaves_the_slot_to_others(stage: Stage) -> None:
     await stage.worker()
+    # A new worker's first checkpoint waits until its inflight queue would survive the broker.
+    await (await stage.trigger("stepping", 0.0)).result(timeout=10)
     sleeping = await stage.trigger("napping", 6)
     await stage.until_told(sleeping.run_id, "did:before")
     other = await stage.trigger("napping", 0.1)

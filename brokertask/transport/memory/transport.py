@@ -39,6 +39,11 @@ class MemoryTransport:
         return False
 
     @property
+    def settling(self) -> float:
+        """Nothing, its queues included, survives the process."""
+        return 0.0
+
+    @property
     def unsettled(self) -> int:
         """How many deliveries its consumers have neither acked nor given back."""
         return self._connection.unsettled

@@ -84,6 +84,16 @@ class RabbitTransport:
             self._major = int(version[1])
         return self._major >= 4
 
+    @property
+    def settling(self) -> float:
+        """Two seconds: the name of a new quorum queue is written to disk within one or so.
+
+        A broker that is killed before comes back with the queue, but without a leader, and what it
+        confirmed is gone. Source: `ra_directory` of Ra 2 opens its table with `auto_save` 500 ms,
+        which writes once the table has rested for such an interval.
+        """
+        return 2.0
+
     async def open(self, *, timeout: float) -> None:
         """Connect for publishing."""
         await self._publishing.connection(timeout=timeout)

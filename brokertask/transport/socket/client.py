@@ -49,6 +49,11 @@ class SocketTransport:
         """Never, as on RabbitMQ 3."""
         return False
 
+    @property
+    def settling(self) -> float:
+        """Nothing, its queues included, survives the server."""
+        return 0.0
+
     async def open(self, *, timeout: float) -> None:
         """Connect; see `Transport.open`."""
         if self._keeper is None:
