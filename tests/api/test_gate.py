@@ -117,6 +117,10 @@ async def test_each_action_is_in_the_audit_log_with_what_came_of_it(staged: Stag
         first = (await client.get("/audit", params={"limit": 1})).json()
         second = await client.get("/audit", params={"limit": 1, "cursor": first["next"]})
         assert [*first["items"], *second.json()["items"]] == listed
+        for only in ({"action": "reject_token"}, {"target": "nothing", "action": "reject_token"}):
+            found = (await client.get("/audit", params=only)).json()
+            assert (found["items"], found["next"]) == ([rejected], None)
+        assert (await client.get("/audit", params={"actor": "b"})).json()["items"] == []
 
 
 async def test_a_callback_leaves_no_secret_in_the_audit_log(staged: Stage) -> None:

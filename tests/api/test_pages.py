@@ -9,12 +9,14 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+from sqlalchemy import select
 
 from brokertask.server.api import auth
 from brokertask.server.console.app import SECTIONS
 from brokertask.server.console.desk import Page
 from brokertask.server.console.sessions import COOKIE
 from brokertask.server.runs import Fact, record
+from brokertask.server.store.schema import audit
 from tests.api.stage import Stage, stage
 
 pytestmark = pytest.mark.anyio
@@ -160,7 +162,11 @@ async def test_a_viewer_does_nothing(staged: Stage, page: Page) -> None:
         await sign_in(client, token)
         form = {"csrf": await csrf(client, "runs"), "payload": "1"}
         response = await client.post(path_of(page), data=form)
+        # A form that is not filled in right is told so before its sender is looked at.
         assert response.status_code in (403, 404, 422), response.text[:500]
+    async with staged.resources.store.read() as connection:
+        done = await connection.execute(select(audit.c.action).where(audit.c.status < 400))
+    assert set(done.scalars()) <= {"sign_in"}
 
 
 async def test_payloads_are_for_those_with_the_right(staged: Stage) -> None:

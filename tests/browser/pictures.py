@@ -47,6 +47,7 @@ async def prepare(stage: Shop) -> dict[str, str]:
     return {
         **pages,
         "task": "tasks/order",
+        "new-job": "jobs/new/redrive?task=flaky",
         "run": f"runs/{failed.run_id}",
         "timeline": f"runs/{going.run_id}",
         "payload": f"runs/{failed.run_id}/payload",

@@ -103,6 +103,12 @@ async def test_a_worker_is_drained_and_the_audit_log_says_so(stage: Shop, sittin
     await expect(first).to_contain_text("drain worker")
     await expect(first).to_contain_text("the host <i> is old")
     await expect(first.locator("[data-label=Result]")).to_have_text("202")
+    await page.get_by_role("textbox", name="Action").fill("sign_out")
+    await page.get_by_role("button", name="Filter").click()
+    await expect(page.get_by_text("Nothing meets these filters.")).to_be_visible()
+    await page.get_by_role("textbox", name="Action").fill("drain_worker")
+    await page.get_by_role("button", name="Filter").click()
+    await expect(page.locator("[data-rows] tr")).to_have_count(1)
 
 
 async def test_a_viewer_sees_no_button_and_no_audit_log(stage: Shop, sitting: Sitting) -> None:

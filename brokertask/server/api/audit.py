@@ -6,6 +6,7 @@ begun, and its server died. What was asked with, such as a payload, is never in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import insert, select, tuple_, update
@@ -48,10 +49,23 @@ async def end(connection: AsyncConnection, identity: str, status: int) -> None:
 
 
 async def listed(
-    connection: AsyncConnection, *, before: tuple[int, str] | None, limit: int
+    connection: AsyncConnection,
+    only: Mapping[str, str],
+    *,
+    before: tuple[int, str] | None,
+    limit: int,
 ) -> list[dict[str, Any]]:
-    """Return entries, the latest first, from behind the row with these keys."""
+    """Return entries, the latest first, from behind the row with these keys.
+
+    Args:
+        connection: To read from.
+        only: Columns and what each has to be.
+        before: The instant and the id of the row, in ms.
+        limit: How many at most.
+    """
     wanted = select(audit).order_by(audit.c.at_ms.desc(), audit.c.id.desc()).limit(limit)
+    for column, value in only.items():
+        wanted = wanted.where(audit.c[column] == value)
     if before is not None:
         wanted = wanted.where(tuple_(audit.c.at_ms, audit.c.id) < before)
     return [dict(row._mapping) for row in await connection.execute(wanted)]

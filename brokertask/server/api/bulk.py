@@ -49,7 +49,8 @@ class NewJob(Strict):
 
     select: Selection
     expected: Annotated[int, Field(ge=1, le=bulk.MAX_SELECTED)]
-    """How many they are, as the preview said; another number is a conflict, and nothing is done."""
+    """How many they are at most, as the preview said. More are a conflict, and nothing is done;
+    fewer have gone on by themselves meanwhile."""
     rate: Annotated[float, Field(ge=0.1, le=10_000)] | None = None
     """Runs a second at most."""
     reason: Text = ""
@@ -134,7 +135,7 @@ async def start_bulk(call: Call, action: Action, body: NewJob) -> JobView:
         total = await bulk.create(
             connection, job, body.select.filter(), now_ms=call.now_ms, by=call.principal.name
         )
-        if total != body.expected:
+        if not 0 < total <= body.expected:
             # Raised within the transaction: nothing of it stays.
             raise Problem("conflict", f"the selection has {total} runs, not {body.expected}")
         made = await bulk.shown(connection, identity)

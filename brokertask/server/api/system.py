@@ -10,7 +10,7 @@ from brokertask import __version__
 from brokertask.server import servers
 from brokertask.server.api import audit
 from brokertask.server.api.auth import Role
-from brokertask.server.api.operations import Call, Routes
+from brokertask.server.api.operations import Call, Routes, Text
 from brokertask.server.api.paging import Page, PageQuery, cursor_of, keys_of
 
 routes: Final = Routes("server")
@@ -42,6 +42,21 @@ class Entry(BaseModel):
     """What came of it, as an HTTP status; null: it was begun, and its server died."""
 
 
+class AuditQuery(PageQuery):
+    """Which entries."""
+
+    actor: Text | None = None
+    action: Text | None = None
+    """The operation's id, such as `redrive_run`."""
+    target: Text | None = None
+    """What it was done to, such as a run's id."""
+
+    @property
+    def filters(self) -> dict[str, str]:
+        """What is asked for, but for the page."""
+        return self.model_dump(exclude={"cursor", "limit"}, exclude_none=True)
+
+
 @routes.get("/me")
 async def show_me(call: Call) -> Me:
     """Show who asks."""
@@ -70,12 +85,13 @@ async def list_servers(call: Call) -> list[ServerView]:
 
 
 @routes.get("/audit", role="admin")
-async def list_audit(call: Call, query: PageQuery) -> Page[Entry]:
+async def list_audit(call: Call, query: AuditQuery) -> Page[Entry]:
     """List actions, and payloads that were shown, the latest first."""
     before = keys_of(query.cursor, (int, str)) if query.cursor else None
     async with call.resources.store.read() as connection:
         rows = await audit.listed(
             connection,
+            query.filters,
             before=None if before is None else (before[0], before[1]),
             limit=query.limit + 1,
         )

@@ -22,6 +22,7 @@ from brokertask.server.console.pages import (
     dead,
     inside,
     jobs,
+    many,
     overview,
     queues,
     run,
@@ -38,7 +39,7 @@ from brokertask.server.console.static import Static
 SECTIONS: Final[tuple[Pages, ...]] = tuple(
     module.pages
     for module in (
-        *(overview, runs, run, inside, again, tasks, queues, dead, jobs),
+        *(overview, runs, run, inside, again, tasks, queues, dead, jobs, many),
         *(waits, schedules, workers, audit, settings, sign),
     )
 )

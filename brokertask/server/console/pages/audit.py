@@ -6,8 +6,7 @@ from typing import Final
 
 from starlette.responses import Response
 
-from brokertask.server.api.paging import PageQuery
-from brokertask.server.api.system import list_audit
+from brokertask.server.api.system import AuditQuery, list_audit
 from brokertask.server.console.desk import Pages
 from brokertask.server.console.visit import Visit
 
@@ -17,6 +16,6 @@ pages: Final = Pages("Audit", "audit", "a", role="admin")
 @pages.get("audit")
 async def show(visit: Visit) -> Response:
     """Show a page of it, the latest first."""
-    asked = visit.asked(PageQuery)
+    asked = visit.asked(AuditQuery)
     found = await visit.ask(list_audit, query=asked)
     return visit.page("audit.html", asked=asked, found=found)

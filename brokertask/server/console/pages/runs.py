@@ -66,6 +66,7 @@ async def show(visit: Visit) -> Response:
     return visit.page(
         "runs.html",
         asked=asked,
+        wanted=wanted.model_dump(exclude_defaults=True),
         runs=found.items,
         older=found.next,
         counts=counts,
