@@ -236,5 +236,5 @@ async def summarising(gate: str, ctx: Context) -> list[int]:
 
     with pen.told(ctx):
         text = await ctx.step("fetch", fetch)
-        await ctx.step("ask", ask, timeout=0.3 if ctx.attempt <= 2 else None)
+        await ctx.step("ask", ask, timeout=1 if ctx.attempt <= 2 else None)
         return [len(run_id) for run_id in await ctx.step("fan out", fan_out, text)]

@@ -24,7 +24,7 @@ async def test_a_finished_step_survives_a_killed_worker(stage: Stage, gate: Gate
     assert again.pid != began.pid
     assert again.attempt == 2
     gate.open()
-    first_worker = await run.result(timeout=10)
+    first_worker = await run.result(timeout=30)
     assert f"-{began.pid}-" in first_worker, "the result of the first step is the remembered one"
     assert told(stage, run.run_id, "did:first") == 1
     assert told(stage, run.run_id, "did:second") == 1
@@ -42,7 +42,7 @@ async def test_a_document_is_fetched_once_however_often_its_summary_fails(
     (*_, again) = await stage.until_told(run.run_id, "began:ask", times=4)
     assert again.attempt == 4
     gate.open()
-    assert await run.result(timeout=10) == [36, 36, 36]
+    assert await run.result(timeout=30) == [36, 36, 36]
     assert told(stage, run.run_id, "did:fetch") == 1
     assert told(stage, run.run_id, "did:fan out") == 1
     await stage.check()
@@ -64,7 +64,7 @@ async def test_a_step_of_a_new_worker_survives_the_broker(frail: Stage, gate: Ga
 async def test_a_worker_that_stops_leaves_no_queue_behind(stage: Stage, gate: Gate) -> None:
     worker = await stage.worker()
     run = await stage.trigger("stepping", 0.0)
-    assert len(await run.result(timeout=10)) == 5
+    assert len(await run.result(timeout=30)) == 5
     assert await inflight_queues(stage) == 1
     assert await worker.stop() == 0
     assert await inflight_queues(stage) == 0
@@ -80,7 +80,7 @@ async def test_a_drained_worker_hands_its_run_on_behind_its_steps(stage: Stage, 
     gate.open()
     assert await first.process.wait() == 0
     stage.workers = [second]
-    await run.result(timeout=10)
+    await run.result(timeout=30)
     assert told(stage, run.run_id, "did:first") == 1
     await stage.check()
 
@@ -94,7 +94,7 @@ async def test_told_to_stop_a_worker_hands_on_a_run_that_sleeps(stage: Stage) ->
     assert await first.process.wait() == 0
     assert told(stage, run.run_id, "did:after") == 0, "it waited for the sleep to end"
     stage.workers = [second]
-    await run.result(timeout=10)
+    await run.result(timeout=30)
     assert told(stage, run.run_id, "did:before") == 1
     assert told(stage, run.run_id, "did:after") == 1
     await stage.check()
@@ -103,7 +103,7 @@ async def test_told_to_stop_a_worker_hands_on_a_run_that_sleeps(stage: Stage) ->
 async def test_a_long_sleep_leaves_the_slot_to_others(stage: Stage) -> None:
     await stage.worker()
     # A new worker's first checkpoint waits until its inflight queue would survive the broker.
-    await (await stage.trigger("stepping", 0.0)).result(timeout=10)
+    await (await stage.trigger("stepping", 0.0)).result(timeout=30)
     sleeping = await stage.trigger("napping", 6)
     await stage.until_told(sleeping.run_id, "did:before")
     other = await stage.trigger("napping", 0.1)
@@ -130,9 +130,9 @@ async def test_a_run_with_steps_takes_one_slot_and_no_more_runs_from_others(
         runs.append(await stage.trigger("stepping_held", str(one)))
         one.open()
     for run in runs:
-        await run.result(timeout=10)
+        await run.result(timeout=30)
     gate.open()
-    await held.result(timeout=10)
+    await held.result(timeout=30)
     assert stage.journal.most_at_once()["stepping_held"] == 1
     await stage.check()
 
