@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -18,6 +16,7 @@ from brokertask.server.console.sessions import COOKIE
 from brokertask.server.runs import Fact, record
 from brokertask.server.store.schema import audit
 from tests.api.stage import Stage, stage
+from tests.quickly import quickly
 
 pytestmark = pytest.mark.anyio
 BASE = "http://localhost/"
@@ -34,13 +33,6 @@ ACTIONS = [page for page in PAGES if page.method == "POST" and page.path not in 
 async def staged() -> AsyncIterator[Stage]:
     async with stage() as made:
         yield made
-
-
-@contextmanager
-def at_once() -> Iterator[None]:
-    since = time.process_time()
-    yield
-    assert time.process_time() - since < QUICK
 
 
 def told(response: httpx.Response, status: int) -> str:
@@ -186,7 +178,7 @@ async def test_a_form_of_another_site_does_nothing(staged: Stage) -> None:
     path = "runs/run-1/cancel"
     async with staged.client(base=BASE) as client, staged.client(base=BASE) as other:
         good = await csrf(client, "runs/run-1")
-        with at_once():
+        with quickly(QUICK):
             for wrong in ({"reason": ""}, {"csrf": ""}, {"csrf": "0" * 64}):
                 told(await client.post(path, data=wrong), 403)
         theirs = await csrf(other, "runs/run-1")
@@ -214,7 +206,7 @@ async def test_a_link_of_another_site_is_followed_with_the_session(staged: Stage
 
 async def test_other_host_names_are_refused(staged: Stage) -> None:
     async with staged.client(base="http://evil.example/") as client:
-        with at_once():
+        with quickly(QUICK):
             assert (await client.get("runs")).status_code == 421
 
 
@@ -270,7 +262,7 @@ WRONG = [
 async def test_what_is_wrong_is_refused_at_once(staged: Stage, path: str, status: int) -> None:
     async with staged.client(base=BASE) as client:
         await client.get("sign-in")
-        with at_once():
+        with quickly(QUICK):
             response = await client.get(path)
         assert response.status_code == status, response.text[:1_000]
         assert len(response.content) < 20_000
@@ -280,7 +272,7 @@ async def test_a_form_that_is_too_large_is_refused(staged: Stage) -> None:
     async with staged.client(base=BASE) as client:
         kind = {"content-type": "application/x-www-form-urlencoded"}
         for body, status in ((b"a=" + b"x" * 30_000_000, 413), (b"a=1&" * 1_000, 400)):
-            with at_once():
+            with quickly(QUICK):
                 response = await client.post("runs/x/cancel", content=body, headers=kind)
             assert response.status_code == status
 
