@@ -32,6 +32,8 @@ SLOWEST: Final = 0.2
 UNREAD: Final = "killed before the broker read its ack"
 READING: Final = 0.05
 """Seconds after an ack in which it may be unread, and is lost with the connection."""
+WRITING: Final = 1.0
+"""Seconds after an ack in which it may not be on the broker's disk, and is lost with the broker."""
 BROKER_DIED: Final = "in hands when a broker died"
 EXPLAINED: Final = (
     BROKER_DIED,
@@ -62,18 +64,20 @@ class Outcome:
     missing: set[str] = field(default_factory=set)
     steps: int = 0
     repeated: int = 0
-    """Steps that were done once more than needed."""
+    """Steps that were done once more than needed, in runs that were not doubled."""
+    twice: int = 0
+    """The same in runs that were: there each step may be done twice."""
     doubled: dict[str, str] = field(default_factory=dict)
-    """Runs that were in two processes at a time, or ran on after their end, and why."""
+    """Runs of which two messages were seen, and why."""
     unsafe: list[str] = field(default_factory=list)
-    """Steps that were safe, and done again all the same, in runs that were not doubled."""
+    """Steps that were safe, and done again all the same, without a second message."""
     left: dict[str, int] = field(default_factory=dict)
     kills: int = 0
     seconds: float = 0
 
     @property
-    def most_repeated(self) -> int:
-        """How many steps the faults can have interrupted: all that were in somebody's hands."""
+    def in_hands(self) -> int:
+        """How many runs the faults can have interrupted, each in one step."""
         options = self.options
         concurrency = subject.app.tasks[TASK].options.concurrency
         return (self.kills + options.broker_kills * options.workers) * concurrency
@@ -82,8 +86,8 @@ class Outcome:
         """Say what must not be."""
         if self.missing or self.dead:
             yield f"{len(self.missing)} runs did not complete, {self.dead} are dead"
-        if self.repeated > self.most_repeated:
-            yield f"{self.repeated} steps repeated, at most {self.most_repeated} can be explained"
+        if (most := max(self.repeated, len(self.doubled))) > self.in_hands:
+            yield f"{most} steps repeated or runs doubled, where {self.in_hands} were in hands"
         if self.unsafe:
             yield f"safe steps were repeated: {self.unsafe[:10]}"
         if odd := {run: why for run, why in self.doubled.items() if why not in EXPLAINED}:
@@ -99,9 +103,10 @@ class Outcome:
             ("dead", f"{self.dead} (must be 0)"),
             ("faults", f"{self.kills} workers and {options.broker_kills} brokers killed"),
             ("steps done", self.steps),
-            ("steps repeated", f"{self.repeated} (bound {self.most_repeated})"),
+            ("steps repeated", f"{self.repeated} (bound {self.in_hands})"),
+            ("  in doubled runs", self.twice),
             ("repeated though safe", f"{len(self.unsafe)} (must be 0)"),
-            ("runs doubled", len(self.doubled)),
+            ("runs doubled", f"{len(self.doubled)} (bound {self.in_hands})"),
             *((f"  {why}", count) for why, count in sorted(whys.items())),
             ("left in queues", self.left or "0 (must be 0)"),
             ("took", f"{self.seconds:.0f} s with {options.workers} processes, seed {options.seed}"),
@@ -209,24 +214,42 @@ class Stepping:
         for run_id, told in entries.items():
             facts = Counter(entry.fact for entry in told)
             did = [facts[f"did:{step}"] for step in subject.STEPS]
+            again = sum(count - 1 for count in did if count)
             outcome.steps += sum(did)
-            outcome.repeated += sum(count - 1 for count in did if count)
-            again = self._safe_and_again(told)
-            if (moment := self._doubled_at(told)) is not None:
-                outcome.doubled[run_id] = self._why(told, moment)
-            elif again:
-                outcome.unsafe.append(f"{run_id} {again}")
+            if (why := self._why_doubled(told)) is not None:
+                outcome.doubled[run_id] = why
+                outcome.twice += again
+            else:
+                outcome.repeated += again
+                repeats = [step.fact for _, step in self._safe_and_again(told)]
+                outcome.unsafe += [f"{run_id} {fact}" for fact in repeats]
 
-    def _safe_and_again(self, told: list[Entry]) -> list[str]:
-        safe: set[str] = set()
-        again = []
+    def _safe_and_again(self, told: list[Entry]) -> Iterator[tuple[Entry, Entry]]:
+        """Yield when a step was safe, and when it was done again."""
+        safe: dict[str, Entry] = {}
         for entry in told:
             kind, _, step = entry.fact.partition(":")
             if kind == "safe":
-                safe.add(step)
+                safe[step] = entry
             elif kind == "did" and step in safe:
-                again.append(step)
-        return again
+                yield safe[step], entry
+
+    def _why_doubled(self, told: list[Entry]) -> str | None:
+        """Say what left two messages of a run; None if there was one at a time."""
+        if (moment := self._doubled_at(told)) is not None:
+            return self._why(told, moment)
+        # Two that one worker had are seen by no more than this: the older one repeats what the
+        # newer one knows, and the two become one when their sequence numbers are the same.
+        whys = [self._unsettled(safe) for safe, _ in self._safe_and_again(told)]
+        return whys[0] if whys and all(whys) else None
+
+    def _unsettled(self, safe: Entry) -> str | None:
+        """Say which fault can have lost the ack of the message before a step that was safe."""
+        if 0 <= self._killed.get(safe.pid, float("inf")) - safe.at < READING:
+            return UNREAD
+        if any(0 <= at - safe.at < WRITING for at in self._broker_kills):
+            return BROKER_DIED
+        return None
 
     def _doubled_at(self, told: list[Entry]) -> float | None:
         """Return when two messages of a run were seen.
